@@ -1,0 +1,48 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from anyflash.core.device import Device
+from anyflash.semantics.operands import Gradients, Operands, Results, Saved
+from anyflash.semantics.problem import Problem
+
+
+class Backend(Protocol):
+    """One way to run a Problem. A module-level `BACKEND` in each file of this folder is one instance.
+
+    name        as given to `backend=`
+    rank        lower is preferred; None is never chosen unless named
+    accepts     "memory": views with addresses; other kinds later ("jax", "mlx")
+    """
+
+    name: str
+    rank: int | None
+    accepts: str
+
+    def available(self) -> str | None:
+        """None, or why this backend cannot work on this machine."""
+        ...
+
+    def decline(self, problem: Problem, device: Device) -> list[str]:
+        """Why this backend cannot run `problem` on `device`; empty if it can. Imports and compiles nothing."""
+        ...
+
+    def configure(self, problem: Problem) -> Any:
+        """The configuration (a printable value) for this problem on this machine."""
+        ...
+
+    def forward(self, problem: Problem, config: Any, operands: Operands, results: Results) -> None:
+        """Write every element of `results`."""
+        ...
+
+    def backward(
+        self, problem: Problem, config: Any, operands: Operands, saved: Saved, grads: Gradients
+    ) -> None:
+        """Write every element of `grads`."""
+        ...
+
+    def explain(self, problem: Problem, config: Any) -> dict[str, Any]:
+        """Facts for `anyflash.explain`: tile sizes, instruction set, threads, scratch bytes."""
+        ...

@@ -1,0 +1,1 @@
+"""L0: what every layer stands on. Standard library only."""

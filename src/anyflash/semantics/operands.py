@@ -1,0 +1,57 @@
+"""The arrays of one call as views, in canonical axes: what `describe` hands to a backend beside the Problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anyflash.core.view import View
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Inputs. q, k, v are (batch, tokens, heads, dim), or (tokens, heads, dim) packed."""
+
+    q: View
+    k: View
+    v: View
+    tables: tuple[View, ...] = ()
+    sinks: View | None = None
+    cu_seqlens_q: View | None = None
+    cu_seqlens_k: View | None = None
+    seqused_k: View | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Outputs of a forward, allocated by the frontend and written by the backend.
+
+    `stats` (2, *lse_shape), in the accumulator's type, keeps each row's maximum and the logarithm of its sum apart:
+    lse = stats[0] + stats[1]. The backward reads it, because lse alone rounds the sum away where scores are huge.
+    """
+
+    out: View
+    lse: View
+    stats: View
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What the backward needs of the forward, and the incoming gradients. `dlse` None means zero."""
+
+    out: View
+    stats: View
+    dout: View
+    dlse: View | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Outputs of a backward. `tables[i]` is None where no gradient is wanted; others are written whole, in the
+    accumulator's type. dq, dk, dv have the dtype of q."""
+
+    dq: View
+    dk: View
+    dv: View
+    tables: tuple[View | None, ...] = ()
+    dsinks: View | None = None

@@ -1,0 +1,117 @@
+"""The question of one attention call, without its arrays: hashable, printable, complete.
+
+`Program` is the part that does not depend on shapes; its text travels through framework op schemas. `Problem`
+adds dtypes and dimensions and is the key of every plan. Expressions are held as text (`text.show`), so equality and
+hashing are those of strings; `text.parse` is cached and gives the trees back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Addressing = Literal["dense", "varlen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What is computed from each score.
+
+    `score` and `mask` are expression texts or None; loads in them name slots of the call's tables.
+    `scale` None means head_dim ** -0.5. `sinks` says that a per-head sink logit joins the denominator.
+    """
+
+    score: str | None = None
+    mask: str | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        """`score|mask|scale|dropout_p|sinks`, empty where absent; `parse` inverts it."""
+        scale = "" if self.scale is None else self.scale.hex()
+        return "|".join(
+            (self.score or "", self.mask or "", scale, float(self.dropout_p).hex(), str(int(self.sinks)))
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        score, mask, scale, dropout_p, sinks = text.split("|")
+        return cls(
+            score or None,
+            mask or None,
+            float.fromhex(scale) if scale else None,
+            float.fromhex(dropout_p),
+            sinks == "1",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    """One table of a program: its element type, shape, and whether its gradient is wanted."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    needs_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """All that decides which kernel runs and what it must produce.
+
+    Dimensions are those of the canonical axes: q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_k, heads_kv,
+    head_dim), v (.., head_dim_v). With addressing "varlen" the arrays are packed, (total, heads, dim), `batch` counts
+    sequences and `seqlen_*` are the longest lengths.
+    """
+
+    program: Program
+    dtype: str
+    batch: int
+    heads_q: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    tables: tuple[TableSpec, ...] = ()
+    addressing: Addressing = "dense"
+    total_q: int = 0
+    total_k: int = 0
+    seqused_k: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.program.scale is None else self.program.scale
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads_q // self.heads_kv
+
+    @property
+    def q_shape(self) -> tuple[int, ...]:
+        return self._rows("q") + (self.heads_q, self.head_dim)
+
+    @property
+    def k_shape(self) -> tuple[int, ...]:
+        return self._rows("k") + (self.heads_kv, self.head_dim)
+
+    @property
+    def v_shape(self) -> tuple[int, ...]:
+        return self._rows("k") + (self.heads_kv, self.head_dim_v)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self._rows("q") + (self.heads_q, self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """(batch, heads, q), or (heads, total) packed."""
+        if self.addressing == "varlen":
+            return (self.heads_q, self.total_q)
+        return (self.batch, self.heads_q, self.seqlen_q)
+
+    def _rows(self, side: Literal["q", "k"]) -> tuple[int, ...]:
+        if self.addressing == "varlen":
+            return (self.total_q if side == "q" else self.total_k,)
+        return (self.batch, self.seqlen_q if side == "q" else self.seqlen_k)
