@@ -26,7 +26,7 @@ class Backend(Protocol):
         ...
 
     def decline(self, problem: Problem, device: Device) -> list[str]:
-        """Why this backend cannot run `problem` on `device`; empty if it can. Imports and compiles nothing."""
+        """Why this backend cannot run `problem` on `device`; empty if it can. Imports, compiles nothing."""
         ...
 
     def configure(self, problem: Problem) -> Any:

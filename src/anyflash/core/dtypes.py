@@ -24,7 +24,7 @@ def accumulate(dtype: str) -> str:
 
 
 def kind(dtype: str) -> str:
-    """"float", "int" or "bool"."""
+    """Which of "float", "int" and "bool" a dtype is."""
     if dtype in FLOATS:
         return "float"
     return "bool" if dtype == "bool" else "int"

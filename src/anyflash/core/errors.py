@@ -30,9 +30,7 @@ class Unsupported(AnyflashError, NotImplementedError):
     `reasons` maps each backend that was asked to why it declined.
     """
 
-    def __init__(
-        self, what: str, reasons: Mapping[str, Sequence[str]], hint: str | None = None
-    ) -> None:
+    def __init__(self, what: str, reasons: Mapping[str, Sequence[str]], hint: str | None = None) -> None:
         self.reasons = {name: tuple(why) for name, why in reasons.items()}
         lines = [f"no backend can run {what}"]
         lines += [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items()]

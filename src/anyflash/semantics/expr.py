@@ -58,9 +58,7 @@ class Expr:
 
     __slots__ = ("args", "kind", "op", "value")
 
-    def __init__(
-        self, op: str, args: tuple[Expr, ...] = (), value: Any = None, kind: Kind = "float"
-    ) -> None:
+    def __init__(self, op: str, args: tuple[Expr, ...] = (), value: Any = None, kind: Kind = "float") -> None:
         self.op = op
         self.args = args
         self.value = value
@@ -221,7 +219,9 @@ def _arithmetic(op: str, a: Operand, b: Operand) -> Expr:
 def _integer(op: str, a: Operand, b: Operand) -> Expr:
     a, b = _number(op, a), _number(op, b)
     if a.kind != "int" or b.kind != "int":
-        raise TypeError(f"{'//' if op == 'floordiv' else '%'} takes int expressions, got {a.kind} and {b.kind}")
+        raise TypeError(
+            f"{'//' if op == 'floordiv' else '%'} takes int expressions, got {a.kind} and {b.kind}"
+        )
     if b.op == "const" and b.value == 0:
         raise ZeroDivisionError("division of an expression by the constant 0")
     return Expr(op, (a, b), kind="int")
@@ -288,8 +288,8 @@ def where(condition: Operand, a: Operand, b: Operand) -> Expr:
 class Table:
     """An array that a score or mask function reads by index. Made by `anyflash.table(array)`.
 
-    `table[i, j]` takes one integer expression an axis. An index that may leave the array is clamped to its edge;
-    one that surely leaves it is an error when the call is described.
+    `table[i, j]` takes one integer expression an axis. An index that may leave the array is clamped to its
+    edge; one that surely leaves it is an error when the call is described.
     """
 
     __slots__ = ("array", "kind", "shape")

@@ -1,4 +1,4 @@
-"""The arrays of one call as views, in canonical axes: what `describe` hands to a backend beside the Problem."""
+"""The arrays of one call as views, in canonical axes: what `describe` gives a backend beside the Problem."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Operands:
 class Results:
     """Outputs of a forward, allocated by the frontend and written by the backend.
 
-    `stats` (2, *lse_shape), in the accumulator's type, keeps each row's maximum and the logarithm of its sum apart:
-    lse = stats[0] + stats[1]. The backward reads it, because lse alone rounds the sum away where scores are huge.
+    `stats` (2, *lse_shape), in the accumulator's type, keeps each row's maximum and the logarithm of its
+    sum apart: lse = stats[0] + stats[1]. The backward reads it, because lse alone rounds the sum away where
+    scores are huge.
     """
 
     out: View
@@ -47,8 +48,11 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Outputs of a backward. `tables[i]` is None where no gradient is wanted; others are written whole, in the
-    accumulator's type. dq, dk, dv have the dtype of q."""
+    """Outputs of a backward.
+
+    `tables[i]` is None where no gradient is wanted; others are written whole, in the accumulator's type. dq,
+    dk, dv have the dtype of q.
+    """
 
     dq: View
     dk: View

@@ -1,8 +1,8 @@
 """The question of one attention call, without its arrays: hashable, printable, complete.
 
 `Program` is the part that does not depend on shapes; its text travels through framework op schemas. `Problem`
-adds dtypes and dimensions and is the key of every plan. Expressions are held as text (`text.show`), so equality and
-hashing are those of strings; `text.parse` is cached and gives the trees back.
+adds dtypes and dimensions and is the key of every plan. Expressions are held as text (`text.show`), so
+equality and hashing are those of strings; `text.parse` is cached and gives the trees back.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class TableSpec:
 class Problem:
     """All that decides which kernel runs and what it must produce.
 
-    Dimensions are those of the canonical axes: q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_k, heads_kv,
-    head_dim), v (.., head_dim_v). With addressing "varlen" the arrays are packed, (total, heads, dim), `batch` counts
-    sequences and `seqlen_*` are the longest lengths.
+    Dimensions are those of the canonical axes: q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_k,
+    heads_kv, head_dim), v (.., head_dim_v). With addressing "varlen" the arrays are packed, (total, heads,
+    dim), `batch` counts sequences and `seqlen_*` are the longest lengths.
     """
 
     program: Program
