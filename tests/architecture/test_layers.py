@@ -18,6 +18,7 @@ LAYERS = {
     "api": 6,
     "adapters": 7,
     "compat": 7,
+    "contract": 7,
     "kvcache": 7,
     "parallel": 7,
     "cli": 8,
