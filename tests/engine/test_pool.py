@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import workers
 
 from anyflash.kernels.llvm import pool
 from anyflash.kernels.llvm.target import host_target
+from engine import workers
 
 _X86 = pytest.mark.skipif(host_target().arch != "x86", reason="MXCSR is an x86 register")
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
@@ -70,8 +70,7 @@ def test_nested_calls_work_alone() -> None:
 
 
 def test_an_exception_gives_the_pool_back() -> None:
-    with pytest.raises(ZeroDivisionError), pool.lease(2) as team:
-        assert team.size == 2
+    with pytest.raises(ZeroDivisionError), pool.lease(2):
         raise ZeroDivisionError
     with pool.lease(2) as team:
         assert team.size == 2
@@ -143,7 +142,7 @@ def test_workers_leave_signals_to_python() -> None:
     script = """
 import os, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-import workers
+from engine import workers
 workers.run_tasks(8)
 got = []
 signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
@@ -153,14 +152,14 @@ time.sleep(0.05)
 signal.pause()
 assert got and time.monotonic() - start < 5
 """
-    subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, str(Path(__file__).parents[1])], check=True, timeout=60)
 
 
 def test_exit_while_threads_are_working() -> None:
     script = """
 import sys, threading, time
 sys.path.insert(0, sys.argv[1])
-import workers
+from engine import workers
 def forever():
     while True:
         workers.run_tasks(4, 256, 2000)
@@ -170,7 +169,7 @@ time.sleep(0.3)
 """
     for _ in range(3):
         done = subprocess.run(
-            [sys.executable, "-c", script, str(Path(__file__).parent)],
+            [sys.executable, "-c", script, str(Path(__file__).parents[1])],
             timeout=60,
             capture_output=True,
             text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import struct
 import threading
@@ -28,7 +29,7 @@ def test_pieces_are_aligned_and_apart(threads: int, nbytes: int) -> None:
         pieces = sorted([*team.scratch(nbytes), team.shared(nbytes)])
         assert len(pieces) == team.size + 1 == threads + 1
         assert all(piece % scratch.ALIGNMENT == 0 for piece in pieces)
-        assert all(b - a >= nbytes for a, b in zip(pieces, pieces[1:], strict=False))
+        assert all(b - a >= nbytes for a, b in itertools.pairwise(pieces))
         for piece in pieces:
             ctypes.memset(piece, 1, nbytes)
 

@@ -44,7 +44,8 @@ end:
   ret void
 }
 
-; Thread t waits until all have come, then stores x + x, for a denormal x, in slot t of the array behind args[2].
+; Thread t waits until all have come, then stores x + x, for a denormal x, in slot t of the array behind
+; args[2].
 define void @together(ptr %args, i64 %thread) {
 entry:
   %p.n = getelementptr i64, ptr %args, i64 1

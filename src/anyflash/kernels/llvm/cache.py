@@ -72,8 +72,8 @@ def directory() -> Path:
 def fetch(key: str, compile_object: Callable[[], bytes]) -> bytes:
     """The object called `key`: read, or compiled and stored.
 
-    Of several processes that ask at once, one compiles and the others wait for it. A file that is not whole is
-    compiled again and replaced. Where nothing can be stored the object is compiled and used all the same.
+    Of several processes that ask at once, one compiles and the others wait for it. A file that is not whole
+    is compiled again and replaced. Where nothing can be stored the object is compiled and used all the same.
     """
     if not settings.cache_enabled():
         return _compile(compile_object)
@@ -94,7 +94,7 @@ def fetch(key: str, compile_object: Callable[[], bytes]) -> bytes:
 
 
 def report() -> dict[str, Any]:
-    """For `anyflash doctor`: where the cache is, whether it is on and can be written, its size, this process's use."""
+    """For `anyflash doctor`: where the cache is, whether it can be written, its size and use."""
     here = directory()
     objects = list(here.glob("*.o")) if here.is_dir() else []
     existing = next(folder for folder in (here, *here.parents) if folder.exists())

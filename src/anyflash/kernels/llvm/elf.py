@@ -21,7 +21,7 @@ class _Section:
 
 
 def undefined_symbols(data: bytes) -> set[str]:
-    """Names that the object refers to and does not define. Empty for formats other than little-endian ELF64."""
+    """Names that the object refers to and does not define. Empty if it is not little-endian ELF64."""
     if data[:6] != b"\x7fELF\x02\x01":
         return set()
     header = _HEADER.unpack_from(data)

@@ -1,9 +1,9 @@
 """From LLVM IR to machine code in this process, and to objects and assembly for any target.
 
-All code takes one road: text -> optimised module -> object file (kept by `cache`) -> linked into one LLJIT, so that
-what a warm start runs is byte for byte what a cold start ran. Kernels are straight-line vector code already: the pass
-pipeline cleans up and leaves vectorising and unrolling alone. The engine and everything linked into it live until the
-process ends, because addresses are handed out as plain integers.
+All code takes one road: text -> optimised module -> object file (kept by `cache`) -> linked into one LLJIT,
+so that what a warm start runs is byte for byte what a cold start ran. Kernels are straight-line vector code
+already: the pass pipeline cleans up and leaves vectorising and unrolling alone. The engine and everything
+linked into it live until the process ends, because addresses are handed out as plain integers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from anyflash.core.log import logger
 from anyflash.kernels.llvm import cache, elf
 from anyflash.kernels.llvm.target import Target, host_target
 
-# What generated code may call. Anything else (a libm function behind an intrinsic, say) would be slow and is refused.
+# What generated code may call. Anything else (a libm function behind an intrinsic, say) would be slow and is
+# refused.
 _RUNTIME = ("memcpy", "memset", "memmove")
 
-# LLVM is not safe to enter from two threads at once here. Held across fork, so that a child never inherits it locked
-# and no child keeps a cache lock of its parent's open.
+# LLVM is not safe to enter from two threads at once here. Held across fork, so that a child never inherits it
+# locked and no child keeps a cache lock of its parent's open.
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -64,9 +65,9 @@ def compile_module(
     """Machine code for `symbols` of a module, from this process, from the cache on disk, or compiled now.
 
     Args:
-        ir: the module's text, or a function that makes it, called only if it has to be compiled.
-        target: an instruction set that this machine runs.
-        key: a text that decides the module (together with the sources of this package, the LLVM version and the
+        ir: the module's text, or a function that makes it, called only if it has to be compiled. target: an
+        instruction set that this machine runs. key: a text that decides the module (together with the sources
+        of this package, the LLVM version and the
             target, which are added here); None to use the text itself.
         symbols: the functions whose addresses are wanted.
         imports: addresses of further external functions that the module declares.
@@ -136,7 +137,8 @@ def _optimise(module: Any, machine: Any) -> None:
 @functools.cache
 def _machine(target: Target) -> Any:
     _initialise()
-    # Position independent and small: constants are read relative to the instruction pointer, wherever it is loaded.
+    # Position independent and small: constants are read relative to the instruction pointer, wherever it is
+    # loaded.
     return llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small"
     )

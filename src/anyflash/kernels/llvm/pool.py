@@ -1,9 +1,10 @@
 """The threads of the CPU kernels.
 
-A compiled worker has the form `void worker(ptr args, i64 thread)`: every thread of a team calls it at most once with
-its number, the caller as thread 0 always, and the threads share the work out among themselves by an atomic counter in `args`. They are native threads
-that run compiled code only, so handing them work takes no interpreter lock and they cannot hold up the interpreter's
-shutdown. There is one pool; whoever finds it taken (another Python thread, a nested call) works alone.
+A compiled worker has the form `void worker(ptr args, i64 thread)`: every thread of a team calls it at most
+once with its number, the caller as thread 0 always, and the threads share the work out among themselves by an
+atomic counter in `args`. They are native threads that run compiled code only, so handing them work takes no
+interpreter lock and they cannot hold up the interpreter's shutdown. There is one pool; whoever finds it taken
+(another Python thread, a nested call) works alone.
 
     with pool.lease(pool.num_threads()) as team:
         addresses = team.scratch(nbytes)     # one piece of working memory for each thread
@@ -28,7 +29,8 @@ from anyflash.core.log import logger
 from anyflash.kernels.llvm import engine, pool_ir, scratch
 from anyflash.kernels.llvm.target import get_target
 
-# How long a thread watches for work, or for the end of it, and how often the caller then yields, before it blocks.
+# How long a thread watches for work, or for the end of it, and how often the caller then yields, before it
+# blocks.
 SPIN_SECONDS = 20e-6
 YIELDS = 3000
 
@@ -146,7 +148,8 @@ class Team:
     def run(self, function: int, args: int) -> None:
         """Call the compiled worker at `function` on every thread with `args`, and wait for all.
 
-        A thread that wakes after thread 0 has returned is not called, so the work must be handed out by a counter in `args`.
+        A thread that wakes after thread 0 has returned is not called, so the work must be handed out by a
+        counter in `args`.
         """
         if self._pool is None or self.size == 1:
             _WORKER(function)(args, 0)
@@ -155,7 +158,7 @@ class Team:
 
 
 class _OwnBuffers(threading.local):
-    """Working memory of one Python thread: a pair for each nesting depth (a signal handler may call us again)."""
+    """Working memory of one Python thread: a pair for each depth (a signal handler may call again)."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -194,20 +197,20 @@ def num_threads(hint: int | None = None) -> int:
 
 
 def set_thread_provider(provider: Callable[[], int | None]) -> None:
-    """Ask `provider` for the number of threads (torch.get_num_threads, say); None means that it has no opinion."""
+    """Ask `provider` for the number of threads (torch.get_num_threads, say); None: no opinion."""
     global _thread_provider
     _thread_provider = provider
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: its affinity, and on Linux its share of the machine (cgroup quota)."""
+    """Cores that this process may run on: its affinity, and on Linux its cgroup's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(cores, _quota()))
 
 
 def report() -> dict[str, Any]:
-    """For `anyflash doctor`: threads a call would use, native workers started, bytes of working memory held."""
+    """For `anyflash doctor`: threads of a call, native workers started, bytes of working memory."""
     return {
         "num_threads": num_threads(),
         "usable_cores": usable_cores(),

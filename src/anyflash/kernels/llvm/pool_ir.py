@@ -1,17 +1,18 @@
 """The part of the thread pool that is compiled: workers never enter the Python interpreter.
 
 One mutex guards the state; `generation` and `running` are also watched without it before a thread blocks on a
-condition: by a worker for a short spin only (a longer one was measured to slow the framework's own threads), by the
-caller for a further while in which it yields (waking it costs more than the end of most jobs). A job is open while `slots` is positive: a worker that comes too late finds it closed and goes
-back to sleep, so the caller waits only for workers that have begun. Whoever takes a slot wakes two more sleepers, so
-that many threads start in logarithmic time.
+condition: by a worker for a short spin only (a longer one was measured to slow the framework's own threads),
+by the caller for a further while in which it yields (waking it costs more than the end of most jobs). A job
+is open while `slots` is positive: a worker that comes too late finds it closed and goes back to sleep, so the
+caller waits only for workers that have begun. Whoever takes a slot wakes two more sleepers, so that many
+threads start in logarithmic time.
 
     worker(state):           loop: wait for a new generation; take a slot; function(args, thread); report
     run(state, f, args, n):  open n - 1 slots; f(args, 0); close; wait until no worker is running
     spin(n):                 n turns of the waiting loop, to find out how long one takes
 
-Workers adopt the floating-point environment of the caller (flush-to-zero, rounding), so that a result does not depend
-on which thread computed it. The caller's own is only read.
+Workers adopt the floating-point environment of the caller (flush-to-zero, rounding), so that a result does
+not depend on which thread computed it. The caller's own is only read.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _FIELDS = {
     "spins": SPINS, "yields": YIELDS,
 }  # fmt: skip
 
-# What differs between processors: the hint inside a waiting loop, reading and setting the floating-point environment.
+# What differs between processors: the hint inside a waiting loop, reading and setting the floating-point
+# environment.
 _PROCESSOR: dict[Arch, str] = {
     "x86": """
 declare void @llvm.x86.sse2.pause()

@@ -75,7 +75,7 @@ def free_scratch() -> None:
 
 
 def poison(enabled: bool) -> None:
-    """For tests: fill working memory with NaN before each use, and check that nothing is written behind its end."""
+    """For tests: fill working memory with NaN before each use, and check that none is written behind."""
     global _poisoned
     _poisoned = enabled
 

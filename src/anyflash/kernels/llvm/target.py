@@ -1,8 +1,8 @@
 """The instruction sets the CPU kernels are emitted for, and which of them this machine runs.
 
-A target fixes an instruction set and not one processor: two machines with the same target share compiled objects.
-What the machine offers is read from the feature list that LLVM detects, never from a processor's name, which
-virtual machines misreport.
+A target fixes an instruction set and not one processor: two machines with the same target share compiled
+objects. What the machine offers is read from the feature list that LLVM detects, never from a processor's
+name, which virtual machines misreport.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class _InstructionSet:
-    """A row of the table below: a baseline known to LLVM plus features, and the features it needs of a machine."""
+    """A row of the table below: LLVM's baseline plus features, and what it needs of a machine."""
 
     arch: Arch
     cpu: str
@@ -174,11 +174,12 @@ def host_features() -> Mapping[str, bool]:
 
 
 def target_report() -> dict[str, Any]:
-    """For `anyflash doctor`: the processor's name, the chosen target or why there is none, and each target's state.
+    """For `anyflash doctor`: the processor's name, the chosen target or why there is none, and each target's
+    state.
 
     Keys: `cpu` (LLVM's name of the processor, informative only), `asked` (ANYFLASH_CPU or None), `chosen` (a
-    target's name, or None), `error` (why nothing could be chosen, or None), `targets` (name -> None or the reason
-    why it cannot run here).
+    target's name, or None), `error` (why nothing could be chosen, or None), `targets` (name -> None or the
+    reason why it cannot run here).
     """
     chosen, error = None, None
     try:
