@@ -14,9 +14,10 @@ for "unknown".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anyflash.semantics.expr import COMPARISONS, Expr, Kind
 
@@ -304,7 +305,7 @@ class Numbers:
         return np.logical_not(a)
 
     def select(self, condition: Any, a: Any, b: Any, kind: Kind) -> Any:
-        return np.where(condition, a, b)
+        return cast("NDArray[Any]", np.where(condition, a, b))
 
     def to_float(self, a: Any) -> Any:
-        return np.multiply(a, 1.0)
+        return np.float64(a)
