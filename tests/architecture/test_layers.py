@@ -29,7 +29,7 @@ LAYERS = {
 # What a layer may import from outside the standard library. Layers that are not here may import all, lazily.
 THIRD_PARTY = {
     "core": set(),
-    "semantics": {"numpy"},
+    "semantics": {"numpy", "ml_dtypes"},
     "kernels.llvm": {"llvmlite", "numpy"},
     "kernels.triton": {"triton", "torch"},
     "kernels.gluon": {"triton", "torch"},
