@@ -65,10 +65,10 @@ def compile_module(
     """Machine code for `symbols` of a module, from this process, from the cache on disk, or compiled now.
 
     Args:
-        ir: the module's text, or a function that makes it, called only if it has to be compiled. target: an
-        instruction set that this machine runs. key: a text that decides the module (together with the sources
-        of this package, the LLVM version and the
-            target, which are added here); None to use the text itself.
+        ir: the module's text, or a function that makes it, called only if it has to be compiled.
+        target: an instruction set that this machine runs.
+        key: a text that decides the module (together with the sources of this package, the LLVM version and
+            the target, which are added here); None to use the module's text itself.
         symbols: the functions whose addresses are wanted.
         imports: addresses of further external functions that the module declares.
 
