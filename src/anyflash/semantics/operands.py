@@ -1,4 +1,8 @@
-"""The arrays of one call as views, in canonical axes: what `describe` gives a backend beside the Problem."""
+"""The arrays of one call as views, in canonical axes: what `describe` gives a backend beside the Problem.
+
+Nothing changes one of these once it is made. They are not declared frozen because that makes construction
+several times slower, and they are made for every call.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 from anyflash.core.view import View
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Operands:
     """Inputs. q, k, v are (batch, tokens, heads, dim), or (tokens, heads, dim) packed."""
 
@@ -22,7 +26,7 @@ class Operands:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Results:
     """Outputs of a forward, allocated by the frontend and written by the backend.
 
@@ -36,7 +40,7 @@ class Results:
     stats: View
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Saved:
     """What the backward needs of the forward, and the incoming gradients. `dlse` None means zero."""
 
@@ -46,7 +50,7 @@ class Saved:
     dlse: View | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Gradients:
     """Outputs of a backward.
 
