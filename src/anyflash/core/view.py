@@ -14,8 +14,8 @@ class View:
     """Strided memory. `strides` are in bytes and may be zero or negative.
 
     `ptr` is the address of element [0, ..., 0], or None for a traced array that has no memory yet.
-    `owner` keeps the memory alive for as long as the view is. Nothing changes a view once it is made; it is not
-    declared frozen because that makes construction nine times slower, and a call makes six.
+    `owner` keeps the memory alive for as long as the view is. Nothing changes a view once it is made; it is
+    not declared frozen because that makes construction nine times slower, and a call makes six.
     """
 
     ptr: int | None
@@ -64,9 +64,7 @@ class View:
             if have != want and have != 1:
                 raise ValueError(f"{self.shape} does not broadcast to {shape}")
             strides.append(stride if have == want else 0)
-        return View(
-            self.ptr, shape, tuple(strides), self.dtype, self.device, self.writable, self.owner
-        )
+        return View(self.ptr, shape, tuple(strides), self.dtype, self.device, self.writable, self.owner)
 
 
 def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
