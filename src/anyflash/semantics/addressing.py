@@ -1,0 +1,200 @@
+"""Where the rows of each sequence lie: dense arrays, or packed ones with cumulative lengths.
+
+The canonical axes are (batch, tokens, heads, dim) for dense arrays and (tokens, heads, dim) for packed ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyflash.core.device import CPU
+from anyflash.core.errors import InvalidCall
+from anyflash.core.view import View, contiguous_strides
+from anyflash.semantics.arrays import as_numpy
+
+LAYOUTS = {
+    "bshd": ("batch", "seqlen", "heads", "head_dim"),
+    "bhsd": ("batch", "heads", "seqlen", "head_dim"),
+    "thd": ("total", "heads", "head_dim"),
+}
+
+
+def to_canonical(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape in the user's layout made canonical, or the reverse: the permutation is its own inverse."""
+    return (shape[0], shape[2], shape[1], shape[3]) if layout == "bhsd" else shape
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Every sequence has all rows of the array."""
+
+    seqlen_q: int
+    seqlen_k: int
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Each position variable's least and greatest value; least > greatest where there is no row."""
+        q_len, k_len = self.seqlen_q, self.seqlen_k
+        return {
+            "row": (0, q_len - 1),
+            "q": (k_len - q_len, k_len - 1),
+            "k": (0, k_len - 1),
+            "q_len": (q_len, q_len),
+            "k_len": (k_len, k_len),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Varlen:
+    """What lengths of a packed call say, in numbers: part of the key under which its Problem is kept.
+
+    `longest_*` are the longest sequences; `q` is the range of query positions and `k_len` that of usable
+    keys, over all sequences.
+    """
+
+    batch: int
+    longest_q: int
+    longest_k: int
+    q: tuple[int, int]
+    q_len: tuple[int, int]
+    k_len: tuple[int, int]
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        return {
+            "row": (0, self.longest_q - 1),
+            "q": self.q,
+            "k": (0, self.k_len[1] - 1),
+            "q_len": self.q_len,
+            "k_len": self.k_len,
+        }
+
+
+Lengths = tuple[Varlen, View, View, View | None]
+_INT32_MAX = 2**31 - 1
+_MAX_KEPT, _MAX_KEPT_SIZE = 256, 4097
+_read: dict[tuple[Any, ...], Lengths] = {}
+
+
+def read_lengths(
+    cu_seqlens_q: View | None, cu_seqlens_k: View | None, seqused_k: View | None, total_q: int, total_k: int
+) -> Lengths:
+    """Check the lengths of a packed call and copy them: (what they say, cu_seqlens_q, cu_seqlens_k,
+    seqused_k).
+
+    The returned views are contiguous int32 whatever came in, and a copy, so that what was checked is what
+    runs. Layers of a model share their lengths, so what was read is kept by the bytes it was read from.
+    """
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise InvalidCall(missing, "None", "(sequences + 1,) cumulative lengths of the packed rows")
+    key = (
+        _bytes("cu_seqlens_q", cu_seqlens_q),
+        _bytes("cu_seqlens_k", cu_seqlens_k),
+        None if seqused_k is None else _bytes("seqused_k", seqused_k),
+        total_q,
+        total_k,
+    )
+    found = _read.get(key)
+    if found is None:
+        found = _read_lengths(cu_seqlens_q, cu_seqlens_k, seqused_k, total_q, total_k)
+        if cu_seqlens_q.size <= _MAX_KEPT_SIZE:
+            if len(_read) >= _MAX_KEPT:
+                _read.clear()
+            _read[key] = found
+    return found
+
+
+def _bytes(argument: str, view: View) -> tuple[str, tuple[int, ...], bytes]:
+    if view.dtype not in ("int32", "int64"):
+        raise InvalidCall(argument, f"dtype {view.dtype}, shape {view.shape}", "int32 or int64")
+    if view.ptr is None or view.device.kind != "cpu":
+        raise InvalidCall(
+            argument, f"on device {view.device}", "host memory: lengths are read before the call runs"
+        )
+    return view.dtype, view.shape, as_numpy(view).tobytes()
+
+
+def _read_lengths(
+    cu_seqlens_q: View, cu_seqlens_k: View, seqused_k: View | None, total_q: int, total_k: int
+) -> Lengths:
+    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, total_q, "q")
+    starts_k = _starts("cu_seqlens_k", cu_seqlens_k, total_k, "k")
+    batch = len(starts_q) - 1
+    if len(starts_k) != batch + 1:
+        raise InvalidCall(
+            "cu_seqlens_k",
+            f"shape {cu_seqlens_k.shape}",
+            f"{cu_seqlens_q.shape} as cu_seqlens_q has",
+            "Both hold one entry more than there are sequences",
+        )
+    q_lens, k_lens = np.diff(starts_q), np.diff(starts_k)
+    longest_q, longest_k = int(q_lens.max(initial=0)), int(k_lens.max(initial=0))
+    used = None
+    if seqused_k is not None:
+        k_lens = _used(seqused_k, k_lens)
+        used = _view(k_lens)
+    ends = k_lens[q_lens > 0]
+    firsts = ends - q_lens[q_lens > 0]
+    said = Varlen(
+        batch,
+        longest_q,
+        longest_k,
+        (int(firsts.min()), int(ends.max()) - 1) if len(ends) else (0, -1),
+        (int(q_lens.min(initial=longest_q)), longest_q),
+        (int(k_lens.min(initial=longest_k)), int(k_lens.max(initial=0))),
+    )
+    return said, _view(starts_q), _view(starts_k), used
+
+
+def _starts(argument: str, view: View, total: int, packed: str) -> NDArray[np.int32]:
+    if view.ndim != 1 or view.shape[0] < 1:
+        raise InvalidCall(
+            argument, f"shape {view.shape}", "(sequences + 1,)", "It starts with 0 and ends with the total"
+        )
+    starts = as_numpy(view).astype(np.int64)
+    if starts[0] != 0:
+        raise InvalidCall(argument, f"starts with {starts[0]}", "0 as its first entry")
+    falls = np.flatnonzero(starts[1:] < starts[:-1])
+    if len(falls):
+        i = int(falls[0])
+        raise InvalidCall(
+            argument,
+            f"entry {i + 1} is {starts[i + 1]}, below entry {i} which is {starts[i]}",
+            "ascending entries",
+            "It holds cumulative lengths, not lengths: numpy.cumsum(lengths) with a 0 in front",
+        )
+    if starts[-1] > total:
+        raise InvalidCall(
+            argument,
+            f"ends with {starts[-1]}",
+            f"at most {total}, the number of rows of {packed}",
+        )
+    if starts[-1] > _INT32_MAX:
+        raise InvalidCall(argument, f"ends with {starts[-1]}", f"at most {_INT32_MAX}")
+    return starts.astype(np.int32)
+
+
+def _used(view: View, k_lens: NDArray[np.int32]) -> NDArray[np.int32]:
+    if view.shape != k_lens.shape:
+        raise InvalidCall("seqused_k", f"shape {view.shape}", f"{k_lens.shape}, one entry a sequence")
+    used = as_numpy(view).astype(np.int64)
+    wrong = np.flatnonzero((used < 0) | (used > k_lens))
+    if len(wrong):
+        i = int(wrong[0])
+        raise InvalidCall(
+            "seqused_k",
+            f"entry {i} is {used[i]}",
+            f"0 to {k_lens[i]}, the length of that sequence in cu_seqlens_k",
+        )
+    return used.astype(np.int32)
+
+
+def _view(array: NDArray[np.int32]) -> View:
+    return View(
+        array.ctypes.data, array.shape, contiguous_strides(array.shape, 4), "int32", CPU, False, array
+    )

@@ -1,0 +1,190 @@
+"""The rules of shapes and dtypes: views and a program become a Problem, or an InvalidCall says what is wrong.
+
+Everything here depends on shapes, dtypes and the program alone, so `describe` runs it once for each new
+combination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anyflash.core.dtypes import FLOATS, ITEMSIZE, kind
+from anyflash.core.errors import InvalidCall
+from anyflash.core.view import View
+from anyflash.semantics import text
+from anyflash.semantics.addressing import LAYOUTS, Dense, Varlen, to_canonical
+from anyflash.semantics.expr import Expr, walk
+from anyflash.semantics.interval import Numbers, bound
+from anyflash.semantics.problem import Problem, Program, TableSpec
+
+MAX_HEAD_DIM = 576
+
+
+def check_layout(layout: str, packed: bool) -> None:
+    allowed = ("thd",) if packed else ("bshd", "bhsd")
+    if layout not in allowed:
+        hint = None
+        if layout == "thd":
+            hint = "Packed arrays are the business of anyflash.attention_varlen"
+        elif packed and layout in LAYOUTS:
+            hint = "Arrays with a batch axis are the business of anyflash.attention"
+        raise InvalidCall("layout", repr(layout), " or ".join(map(repr, allowed)), hint)
+
+
+def check_rank(argument: str, shape: Sequence[int], layout: str) -> None:
+    axes = LAYOUTS[layout]
+    if len(shape) != len(axes):
+        raise InvalidCall(
+            argument, f"shape {tuple(shape)}", f"{len(axes)} axes ({', '.join(axes)}) in layout {layout!r}"
+        )
+
+
+def problem_of(
+    program: Program,
+    layout: str,
+    q: View,
+    k: View,
+    v: View,
+    tables: Sequence[View],
+    names: Sequence[str],
+    needs_grad: Sequence[bool],
+    sinks: View | None,
+    lengths: Varlen | None,
+    seqused_k: bool,
+) -> Problem:
+    """The Problem of views in the user's layout. Raises InvalidCall."""
+    for argument, view in (("q", q), ("k", k), ("v", v)):
+        check_rank(argument, view.shape, layout)
+        if view.dtype not in FLOATS:
+            hint = (
+                "Its bytes are in the other order: array.astype(name) turns them"
+                if view.dtype[0] in "<>"
+                else None
+            )
+            raise InvalidCall(
+                argument, f"dtype {view.dtype}, shape {view.shape}", f"one of {', '.join(FLOATS)}", hint
+            )
+        if view.dtype != q.dtype:
+            raise InvalidCall(
+                argument, f"dtype {view.dtype}", f"{q.dtype}, the dtype of q", "Cast the three to one dtype"
+            )
+    q_shape, k_shape, v_shape = (to_canonical(layout, view.shape) for view in (q, k, v))
+    heads_q, heads_kv = q_shape[-2], k_shape[-2]
+    head_dim, head_dim_v = q_shape[-1], v_shape[-1]
+    for argument, view, dim in (("q", q, head_dim), ("k", k, k_shape[-1]), ("v", v, head_dim_v)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise InvalidCall(argument, f"head_dim {dim} in shape {view.shape}", f"1 to {MAX_HEAD_DIM}")
+    if k_shape[-1] != head_dim:
+        raise InvalidCall(
+            "k",
+            f"head_dim {k_shape[-1]} in shape {k.shape}",
+            f"{head_dim}, the head_dim of q with shape {q.shape}",
+        )
+    if heads_q < 1 or heads_kv < 1 or heads_q % heads_kv:
+        raise InvalidCall(
+            "k",
+            f"{heads_kv} heads in shape {k.shape}",
+            f"a count that divides the {heads_q} heads of q with shape {q.shape}",
+            f"Is the layout {layout!r}, axes ({', '.join(LAYOUTS[layout])})?",
+        )
+    if v_shape[-2] != heads_kv:
+        raise InvalidCall("v", f"{v_shape[-2]} heads in shape {v.shape}", f"{heads_kv}, the heads of k")
+    if v_shape[-3] != k_shape[-3]:
+        raise InvalidCall(
+            "v",
+            f"{v_shape[-3]} rows in shape {v.shape}",
+            f"{k_shape[-3]}, the rows of k with shape {k.shape}",
+        )
+    if lengths is None:
+        batch, ranges = q_shape[0], Dense(q_shape[1], k_shape[1]).ranges
+        for argument, view, shape in (("k", k, k_shape), ("v", v, v_shape)):
+            if shape[0] != batch:
+                raise InvalidCall(
+                    argument,
+                    f"batch {shape[0]} in shape {view.shape}",
+                    f"{batch}, the batch of q with shape {q.shape}",
+                    "A batch of 1 is not stretched; broadcast it to a view first",
+                )
+    else:
+        batch, ranges = lengths.batch, lengths.ranges
+    if sinks is not None:
+        if sinks.dtype not in FLOATS:
+            raise InvalidCall(
+                "sinks", f"dtype {sinks.dtype}, shape {sinks.shape}", f"one of {', '.join(FLOATS)}"
+            )
+        if sinks.shape != (heads_q,):
+            raise InvalidCall("sinks", f"shape {sinks.shape}", f"({heads_q},), one logit a query head")
+    ranges = {**ranges, "batch": (0, batch - 1), "head": (0, heads_q - 1)}
+    _check_tables(program, tables, names, ranges)
+    return Problem(
+        program=program,
+        dtype=q.dtype,
+        batch=batch,
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        seqlen_q=q_shape[1] if lengths is None else lengths.longest_q,
+        seqlen_k=k_shape[1] if lengths is None else lengths.longest_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        tables=tuple(
+            TableSpec(table.dtype, table.shape, bool(needed))
+            for table, needed in zip(tables, needs_grad or [False] * len(tables), strict=True)
+        ),
+        addressing="dense" if lengths is None else "varlen",
+        total_q=0 if lengths is None else q_shape[0],
+        total_k=0 if lengths is None else k_shape[0],
+        seqused_k=seqused_k,
+    )
+
+
+def _check_tables(
+    program: Program, tables: Sequence[View], names: Sequence[str], ranges: dict[str, tuple[int, int]]
+) -> None:
+    """Every load names a table of the right rank and kind, with indices that can lie inside it."""
+    used: set[int] = set()
+
+    def check(node: Expr) -> None:
+        if node.op != "load":
+            return
+        slot: int = node.value
+        used.add(slot)
+        if slot >= len(tables):
+            raise InvalidCall(
+                "tables", f"{len(tables)} given", f"at least {slot + 1}, which the program reads"
+            )
+        table = tables[slot]
+        name = names[slot] if slot < len(names) else f"table {slot}"
+        if table.dtype not in ITEMSIZE:
+            raise InvalidCall(
+                name, f"dtype {table.dtype}, shape {table.shape}", f"one of {', '.join(ITEMSIZE)}"
+            )
+        if kind(table.dtype) != node.kind:
+            raise InvalidCall(name, f"dtype {table.dtype}", f"a {node.kind} dtype, which the program reads")
+        if len(node.args) != table.ndim:
+            raise InvalidCall(
+                name, f"shape {table.shape}", f"{len(node.args)} axes, as {text.pretty(node)} reads it"
+            )
+        for axis, (index, extent) in enumerate(zip(node.args, table.shape, strict=True)):
+            _check_index(name, table, axis, index, extent, ranges)
+
+    for source in (program.score, program.mask):
+        if source is not None:
+            walk(text.parse(source), check)
+    if len(used) < len(tables):
+        raise InvalidCall("tables", f"{len(tables)} given", f"{len(used)}, which the program reads")
+
+
+def _check_index(
+    name: str, table: View, axis: int, index: Expr, extent: int, ranges: dict[str, tuple[int, int]]
+) -> None:
+    if any(low > high for low, high in ranges.values()):
+        return  # there is no pair of a query and a key, so nothing is read
+    low, high = (int(end) for end in bound(index, ranges, Numbers()))
+    inside = low >= 0 and high < extent if index.op == "var" else low < extent and high >= 0
+    if not inside:
+        raise InvalidCall(
+            name,
+            f"shape {table.shape} is indexed along axis {axis} by {text.pretty(index)}, from {low} to {high}",
+            f"indices from 0 to {extent - 1}",
+            "Clamp the index with anyflash.minimum and anyflash.maximum if that is meant",
+        )

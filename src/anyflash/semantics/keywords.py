@@ -1,0 +1,343 @@
+"""The keyword arguments of a call as one Program and its tables.
+
+Only shapes and dtypes are looked at, so this runs on traced arrays too. Calls without a user's function are
+looked up by what their keywords say; a user's function is called once, with symbols, at every call.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, cast
+
+from anyflash.core.dtypes import FLOATS
+from anyflash.core.errors import InvalidCall
+from anyflash.semantics import text
+from anyflash.semantics.addressing import to_canonical
+from anyflash.semantics.checks import check_layout, check_rank
+from anyflash.semantics.expr import At, Expr, Kind, Table, as_float, const, tanh, var
+from anyflash.semantics.problem import Program
+
+_MAX_KEPT = 4096
+_AXES = ("batch", "head", "row", "k")
+_AT = At()
+
+Dtype = Callable[[str, Any], str]
+Extents = tuple[int, int, int | None, int | None]
+Plain = tuple[bool, "tuple[int | None, int | None] | None", float | None, float | None, float, bool]
+
+
+class Described(NamedTuple):
+    """A program, the arrays of its tables in slot order, and the argument each came from."""
+
+    program: Program
+    tables: tuple[Any, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+class _Given(NamedTuple):
+    """The array of a keyword argument: what of it decides the program, and `axes`, those it is indexed by."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    axes: tuple[str, ...]
+
+
+_programs: dict[tuple[Any, ...], Program] = {}
+
+
+def describe_program(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    dtype: Dtype,
+    *,
+    layout: str = "bshd",
+    sequences: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    score: Callable[[Expr, At], Any] | None = None,
+    mask: Any = None,
+    bias: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    dropout_p: float = 0.0,
+) -> Described:
+    """The program that the keywords spell, and its tables.
+
+    q_shape, k_shape   shapes of the user's arrays, in `layout`
+    dtype              names the element type of an array, given the argument it came as and itself
+    sequences          how many sequences a packed call has
+    the others         as in `anyflash.attention`
+
+    The order is fixed: `score`, softcap, ALiBi, biases as listed. Masks are and-ed. Tables are the user's own
+    arrays, without their axes of extent 1 where a keyword stretches those.
+
+    Raises InvalidCall.
+    """
+    plain: Plain = (
+        _flag("causal", causal),
+        None if window is None else _window(window),
+        None if scale is None else _scale(scale),
+        None if softcap is None else _softcap(softcap),
+        0.0 if type(dropout_p) is float and dropout_p == 0.0 else _dropout(dropout_p),
+        sinks is not None,
+    )
+    given: list[_Given] = []
+    arrays: list[Any] = []
+    if bias is not None or alibi_slopes is not None or mask is not None:
+        extents = _extents(q_shape, k_shape, layout, sequences)
+        if alibi_slopes is not None:
+            given.append(_slopes(alibi_slopes, dtype, extents))
+            arrays.append(alibi_slopes)
+        for name, array in _listed(bias):
+            given.append(_stretched(name, array, dtype, extents))
+            arrays.append(array)
+        if mask is not None and not callable(mask):
+            given.append(_stretched("mask", mask, dtype, extents))
+            arrays.append(mask)
+            mask = None
+    if score is not None or mask is not None:
+        return _build(plain, given, arrays, score, mask)
+    key = (plain, tuple(given))
+    program = _programs.get(key)
+    if program is None:
+        if len(_programs) >= _MAX_KEPT:
+            _programs.clear()
+        placeholders = [_Placeholder(g.shape) for g in given]
+        program = _programs[key] = _build(plain, given, placeholders, None, None).program
+    if not given:
+        return Described(program)
+    return Described(
+        program,
+        tuple([_squeeze(array, g) for array, g in zip(arrays, given, strict=True)]),
+        tuple([g.name for g in given]),
+    )
+
+
+class _Placeholder(NamedTuple):
+    """Stands for an array while a program that will be kept is built: it must not keep the array alive."""
+
+    shape: tuple[int, ...]
+
+    def squeeze(self) -> _Placeholder:
+        return _Placeholder(tuple(extent for extent in self.shape if extent != 1))
+
+
+def _squeeze(array: Any, given: _Given) -> Any:
+    return array if len(given.axes) == len(given.shape) else array.squeeze()
+
+
+def _build(plain: Plain, given: Sequence[_Given], arrays: Sequence[Any], score: Any, mask: Any) -> Described:
+    """Compose the program. `arrays` go with `given`; `score` and `mask` are the user's functions."""
+    causal, window, scale, softcap, dropout_p, sinks = plain
+    s = _call_score(score) if score is not None else var("score")
+    if softcap is not None:
+        s = softcap * tanh(s / softcap)
+    allowed: list[Expr] = []
+    if causal:
+        allowed.append(_AT.k <= _AT.q)
+    if window is not None:
+        left, right = window
+        if left is not None:
+            allowed.append(_AT.q - left <= _AT.k)
+        if right is not None:
+            allowed.append(_AT.k <= _AT.q + right)
+    if mask is not None:
+        allowed.append(_call_mask(mask))
+    names: dict[int, str] = {}
+    for g, array in zip(given, arrays, strict=True):
+        squeezed = _squeeze(array, g)
+        names.setdefault(id(squeezed), g.name)
+        load = Table(squeezed, g.kind)[tuple(var(axis) for axis in g.axes)]
+        if g.name == "alibi_slopes":
+            s = s - load * abs(_AT.q - _AT.k)
+        elif g.kind == "bool":
+            allowed.append(load)
+        else:
+            s = s + load
+    (bound_score, bound_mask), tables = text.bind([s, _all(allowed)])
+    score_text = None if bound_score is None or bound_score.op == "var" else text.show(bound_score)
+    mask_text = None if bound_mask is None else text.show(bound_mask)
+    return Described(
+        Program(score_text, mask_text, scale, dropout_p, sinks),
+        tuple([table.array for table in tables]),
+        tuple([names.get(id(table.array), f"table {slot}") for slot, table in enumerate(tables)]),
+    )
+
+
+def _all(conditions: Sequence[Expr]) -> Expr | None:
+    kept = [c for c in conditions if not (c.op == "const" and c.value)]
+    if not kept:
+        return None
+    whole = kept[0]
+    for condition in kept[1:]:
+        whole = whole & condition
+    return whole
+
+
+def _call_score(score: Any) -> Expr:
+    if not callable(score):
+        raise InvalidCall("score", f"type {type(score).__name__}", "a function of (score, at)")
+    result = score(var("score"), _AT)
+    expr = _expression("score", result, "a number for every score")
+    if expr.kind == "bool":
+        raise InvalidCall(
+            "score",
+            f"the function returned the condition {text.pretty(expr)}",
+            "a number for every score",
+            "anyflash.where(condition, a, b) makes a number of it; pass conditions as mask=",
+        )
+    return as_float(expr)
+
+
+def _call_mask(mask: Any) -> Expr:
+    expr = _expression("mask", mask(_AT), "a condition that holds where a query may see a key")
+    if expr.kind != "bool":
+        raise InvalidCall(
+            "mask",
+            f"the function returned the number {text.pretty(expr)}",
+            "a condition that holds where a query may see a key",
+            "Compare it with something, or pass numbers to be added as score= or bias=",
+        )
+    return expr
+
+
+def _expression(argument: str, result: Any, expected: str) -> Expr:
+    if isinstance(result, Expr):
+        return result
+    if isinstance(result, (bool, int, float)) or getattr(result, "ndim", None) == 0:
+        return const(result)
+    found = "None" if result is None else f"type {type(result).__name__}"
+    raise InvalidCall(
+        argument,
+        f"the function returned {found}",
+        expected,
+        "It is called once with symbols: build the result from its arguments with operators and "
+        "anyflash.where, tanh, exp, log, minimum, maximum and table",
+    )
+
+
+def _extents(q_shape: Sequence[int], k_shape: Sequence[int], layout: str, sequences: int | None) -> Extents:
+    """(batch, query heads, queries, keys); the last two are None where lengths are not known from shapes."""
+    check_layout(layout, sequences is not None)
+    check_rank("q", q_shape, layout)
+    check_rank("k", k_shape, layout)
+    if sequences is not None:
+        return sequences, q_shape[1], None, None
+    q, k = to_canonical(layout, tuple(q_shape)), to_canonical(layout, tuple(k_shape))
+    return q[0], q[2], q[1], k[1]
+
+
+def _listed(bias: Any) -> list[tuple[str, Any]]:
+    if bias is None:
+        return []
+    if isinstance(bias, (list, tuple)):
+        arrays = cast("Sequence[Any]", bias)
+        return [(f"bias[{i}]", array) for i, array in enumerate(arrays)]
+    return [("bias", bias)]
+
+
+def _stretched(name: str, array: Any, dtype: Dtype, extents: Extents) -> _Given:
+    """A bias, or a dense mask: broadcast to (batch, heads, q, k), read only along the axes that vary."""
+    wanted = ("bool",) if name == "mask" else FLOATS
+    found = dtype(name, array)
+    shape = tuple(array.shape)
+    if found not in wanted:
+        hint = "Pass numbers that are added to scores as bias=" if name == "mask" else None
+        if name != "mask" and found == "bool":
+            hint = "Pass conditions as mask="
+        raise InvalidCall(
+            name,
+            f"dtype {found}, shape {shape}",
+            f"one of {', '.join(wanted)}" if len(wanted) > 1 else wanted[0],
+            hint,
+        )
+    missing = 4 - len(shape)
+    aligned = (1,) * missing + shape
+    fits = missing >= 0 and all(
+        have == 1 or want is None or have == want for have, want in zip(aligned, extents, strict=True)
+    )
+    if not fits:
+        shown = ", ".join("any" if extent is None else str(extent) for extent in extents)
+        raise InvalidCall(
+            name, f"shape {shape}", f"a shape that broadcasts to (batch, heads, q, k) = ({shown})"
+        )
+    axes = tuple(axis for axis, extent in zip(_AXES, aligned, strict=True) if extent != 1)
+    return _Given(name, shape, "bool" if found == "bool" else "float", axes)
+
+
+def _slopes(array: Any, dtype: Dtype, extents: Extents) -> _Given:
+    found, shape = dtype("alibi_slopes", array), tuple(array.shape)
+    batch, heads = extents[:2]
+    if found not in FLOATS:
+        raise InvalidCall("alibi_slopes", f"dtype {found}, shape {shape}", f"one of {', '.join(FLOATS)}")
+    if shape not in ((heads,), (batch, heads)):
+        raise InvalidCall(
+            "alibi_slopes", f"shape {shape}", f"({heads},) or ({batch}, {heads}): one slope a query head"
+        )
+    return _Given("alibi_slopes", shape, "float", ("batch", "head")[2 - len(shape) :])
+
+
+def _flag(argument: str, value: Any) -> bool:
+    if value is True or value is False:
+        return value
+    if getattr(value, "ndim", None) == 0 and getattr(value.dtype, "kind", None) == "b":
+        return bool(value)
+    raise InvalidCall(argument, repr(value), "True or False")
+
+
+def _window(window: Any) -> tuple[int | None, int | None] | None:
+    expected = "None or (left, right), each a number of keys of at least 0 or None"
+    shown = repr(window)
+    given = cast("Sequence[Any]", window) if isinstance(window, (tuple, list)) else ()
+    if len(given) != 2:
+        raise InvalidCall(
+            "window", shown, expected, "(left, right) sees keys q - left to q + right, both included"
+        )
+    sides: list[int | None] = []
+    for side in given:
+        if side is None:
+            sides.append(None)
+            continue
+        if isinstance(side, bool) or not hasattr(side, "__index__"):
+            raise InvalidCall("window", shown, expected)
+        sides.append(operator.index(side))
+        if operator.index(side) < 0:
+            raise InvalidCall("window", shown, expected, "None stands for a side without bound, not -1")
+    left, right = sides
+    return None if left is None and right is None else (left, right)
+
+
+def _real(argument: str, value: Any, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidCall(argument, f"{value!r}", expected, "It is a Python number, not an array")
+    return float(value)
+
+
+def _scale(scale: Any) -> float:
+    expected = "None or a finite number"
+    value = _real("scale", scale, expected)
+    if not math.isfinite(value):
+        raise InvalidCall("scale", repr(value), expected, "None is head_dim ** -0.5")
+    return value
+
+
+def _softcap(softcap: Any) -> float:
+    expected = "None or a finite number above 0"
+    value = _real("softcap", softcap, expected)
+    if not (value > 0 and math.isfinite(value)):
+        raise InvalidCall("softcap", repr(value), expected, "None turns it off")
+    return value
+
+
+def _dropout(dropout_p: Any) -> float:
+    expected = "a number from 0.0, included, to 1.0, excluded"
+    value = _real("dropout_p", dropout_p, expected)
+    if not 0 <= value < 1:
+        raise InvalidCall("dropout_p", repr(value), expected)
+    return value
