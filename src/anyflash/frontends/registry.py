@@ -1,0 +1,69 @@
+"""Which framework an array belongs to.
+
+No framework is imported to find out: an array's own is imported already. A frontend is a file of this folder
+named after its framework's module with an underscore behind it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from functools import lru_cache
+from typing import Any
+
+import anyflash.frontends
+from anyflash.core.errors import InvalidCall
+from anyflash.frontends.base import Frontend
+
+_by_type: dict[type, Frontend] = {}
+
+
+def of(argument: str, array: Any) -> Frontend:
+    """The frontend of an array. Raises InvalidCall, naming the argument, for what no frontend owns."""
+    kind = type(array)
+    found = _by_type.get(kind)
+    if found is None:
+        found = _find(argument, array)
+        _by_type[kind] = found
+    return found
+
+
+def same(frontend: Frontend, argument: str, array: Any) -> None:
+    """Raises InvalidCall unless `array` belongs to `frontend`."""
+    found = _by_type.get(type(array)) or of(argument, array)
+    if found is not frontend:
+        raise InvalidCall(
+            argument,
+            f"an array of {found.name}",
+            f"one of {frontend.name}, as q is",
+            "All arrays of a call belong to one framework",
+        )
+
+
+@lru_cache(maxsize=1)
+def frameworks() -> tuple[str, ...]:
+    """Names of the frameworks that have a frontend here, imported or not."""
+    files = pkgutil.iter_modules(anyflash.frontends.__path__)
+    return tuple(sorted(file.name[:-1] for file in files if file.name.endswith("_")))
+
+
+def load(framework: str) -> Frontend:
+    """The frontend of a framework; imports the framework."""
+    return importlib.import_module(f"{anyflash.frontends.__name__}.{framework}_").FRONTEND
+
+
+def _find(argument: str, array: Any) -> Frontend:
+    for framework in frameworks():
+        if framework in sys.modules:
+            frontend = load(framework)
+            if frontend.owns(array):
+                return frontend
+    kind, shape = type(array), getattr(array, "shape", None)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    raise InvalidCall(
+        argument,
+        f"type {name}" if shape is None else f"type {name}, shape {tuple(shape)}",
+        f"an array of {' or '.join(frameworks())}",
+        "numpy.asarray makes one of lists" if isinstance(array, (list, tuple)) else None,
+    )
