@@ -1,0 +1,253 @@
+"""Attention forward.
+
+    S[j, i] = scale * K[j, :] . Q[i, :]          tile of block_k keys by block_q queries, queries along the lanes
+    S       = mask ? program(S) : -inf           in units of log2, so that exp is exp2
+    m'      = max(m, max_j S);  a = 2**(m - m')
+    P       = 2**(S - m');  l = a l + sum_j P
+    O[d, i] = a O[d, i] + sum_j V[j, d] P[j, i]
+    out     = (O / l)^T;  lse = ln 2 * m + ln l
+
+Layout, in each thread's scratch: Q^T [D, block_q], S [block_k, block_q], O^T [Dv, block_q], and rows of K and V where
+the user's cannot be read as they lie. K and V are read by broadcast, so nothing is shuffled in the inner loops and
+there is no horizontal step: each lane is one query from start to end.
+
+Registers: see gemm. Keys are walked in blocks of block_k from first to last, and each query's arithmetic does not
+depend on its block, so `query_vectors` and `tile` may change speed, never a bit; `block_k` changes rounding.
+"""
+
+from __future__ import annotations
+
+import math
+
+from anyflash.kernels.llvm import layout, philox, vmath
+from anyflash.kernels.llvm.frame import Frame, Sequence
+from anyflash.kernels.llvm.gemm import Matrix, guarded_product, product
+from anyflash.kernels.llvm.ir import I32, I64, Builder, Scalar, Value, Var
+from anyflash.kernels.llvm.spec import Spec
+from anyflash.kernels.llvm.target import Target
+
+NAME = "forward"
+
+
+def emit_forward(spec: Spec, target: Target) -> tuple[str, int]:
+    """The function's IR and the bytes of scratch a thread needs."""
+    b = Builder(NAME)
+    kernel = _Forward(b, spec, target)
+    with b.forever() as done:
+        kernel.task(b.atomic_increment(kernel.pointer("counter")), done)
+    return b.text(), kernel.scratch_bytes
+
+
+class _Forward(Frame):
+    def __init__(self, b: Builder, spec: Spec, target: Target) -> None:
+        super().__init__(b, spec, target)
+        self.vectors = range(spec.query_vectors)
+        width = max(self.dim, self.dim_v) * self.size
+        self.q_rows = self.scratch(self.block_q * width)
+        self.q_t = self.scratch(spec.head_dim * self.row)
+        self.s = self.scratch(spec.block_k * self.row)
+        self.o_t = self.scratch(self.dim_v * self.row)
+        self.k_rows = self.scratch(spec.block_k * self.dim * self.size)
+        self.v_rows = self.scratch(spec.block_k * self.dim_v * self.size)
+        self.per_row = self.scratch(4 * self.row)  # 1 / l, lse, pivot, log2 l
+        self.m = [b.var(self.vector) for _ in self.vectors]
+        self.l = [b.var(self.vector) for _ in self.vectors]
+        self.best = [b.var(self.vector) for _ in self.vectors]
+        # Without a program, log2(e) is folded into Q and the products give S as it is used.
+        self.plain = self.score is None
+
+    def task(self, number: Value, done: str) -> None:
+        b, blocks = self.b, self.word("num_q_blocks")
+        b.leave_if(number >= self.word("num_tasks"), done)
+        # The last block of a sequence first: under a causal mask it is the longest.
+        block = blocks - 1 - number % blocks
+        index = number / blocks
+        head, batch = index % self.word("heads_q"), index / self.word("heads_q")
+        seq = self.sequence(batch)
+        row = block * self.block_q
+        with b.when(row < seq.q_len):
+            rows = b.min(b.const(self.block_q, I64), seq.q_len - row)
+            self.begin(seq, head, row, rows)
+            with b.loop(0, seq.k_len, self.spec.block_k) as key:
+                keys = b.min(b.const(self.spec.block_k, I64), seq.k_len - key)
+                surely, possibly = self.tile_class(seq, head, row, rows, key, keys)
+                with b.when(possibly):
+                    self.tile(seq, head, row, key, keys, surely)
+            self.finish(seq, head, row, rows)
+
+    def begin(self, seq: Sequence, head: Value, row: Value, rows: Value) -> None:
+        """Q^T, scaled; the empty softmax state, or that of the sink."""
+        b = self.b
+        scale = self.number("scale")
+        width = self.dim * self.size
+        scale = b.splat(scale * vmath.LOG2_E if self.plain else scale, self.lanes)
+        source = self.rows("q", seq.batch, seq.q_start + row, head)
+        scale = scale if source.dense else b.lane(scale, 0)
+        layout.pack_rows(b, source, self.q_rows, width, rows, self.block_q, self.element, self.lanes, scale)
+        layout.transpose(
+            b, self.q_rows, width, self.q_t, self.row, self.spec.query_vectors, self.spec.head_dim, self.element,
+            self.lanes,
+        )  # fmt: skip
+        layout.zero(b, self.o_t, self.dim_v * self.row, self.element, self.lanes)
+        m: Value = b.const(-math.inf, self.element)
+        l: Value = b.const(0.0, self.element)
+        if self.spec.sinks:
+            sink = b.load(self.element, b.at(self.pointer("sinks"), head * self.word("sinks_stride")))
+            m = sink * vmath.LOG2_E
+            l = b.select(b.compare("eq", sink, -math.inf), b.const(0.0, self.element), b.const(1.0, self.element))
+        for v in self.vectors:
+            self.m[v].set(m)
+            self.l[v].set(l)
+
+    def tile(self, seq: Sequence, head: Value, row: Value, key: Value, keys: Value, surely: Value) -> None:
+        b = self.b
+        tile_rows = self.spec.tile[0]
+        whole = (keys + (tile_rows - 1)) / tile_rows * tile_rows
+        kv_head = head / self.word("group")
+        partial = (surely ^ True) | b.compare("lt", keys, whole)
+        k = self.block_of_rows("k", seq, kv_head, key, keys, whole, self.k_rows)
+        v = self.block_of_rows("v", seq, kv_head, key, keys, whole, self.v_rows)
+        for best, m in zip(self.best, self.m, strict=True):
+            best.set(m.get())
+
+        def store_score(j: Scalar, vector: int, s: Value) -> None:
+            if self.plain:
+                self.best[vector].set(b.max(s, self.best[vector].get()))
+            b.store(s, self.score_at(j, vector), self.size)
+
+        product(
+            b, self.dot, Matrix(k, self.dim * self.size, self.size), Matrix(self.q_t, self.row, self.step), whole,
+            self.spec.query_vectors, self.spec.head_dim, tile=self.spec.tile,
+            start=lambda j, v: b.const(0.0, self.vector), finish=store_score,
+        )  # fmt: skip
+        if self.plain:
+            with b.when(partial):
+                for best, m in zip(self.best, self.m, strict=True):
+                    best.set(m.get())
+                self.programs(seq, head, row, key, whole, masked=True)
+        else:
+            b.choose(
+                partial,
+                lambda: self.programs(seq, head, row, key, whole, masked=True),
+                lambda: self.programs(seq, head, row, key, whole, masked=False),
+            )
+        rescale = self.softmax(seq, head, row, key, whole)
+        self.accumulate(v, whole, rescale, partial)
+
+    def score_at(self, j: Scalar, vector: int) -> Value:
+        return self.b.at(self.b.at(self.s, j * self.row), vector * self.step)
+
+    def programs(self, seq: Sequence, head: Value, row: Value, key: Value, whole: Value, masked: bool) -> None:
+        """The score program and the mask over the tile, and each query's maximum."""
+        b = self.b
+        fixed = [self.variables(seq, head, row, v) for v in self.vectors]
+
+        def pair(j: Value, u: int) -> None:
+            k = b.to_int(key + j, I32)
+            for v in self.vectors:
+                place = self.score_at(j, v)
+                s = b.load(self.vector, place, self.size)
+                emit = self.emitter({**fixed[v], "k": b.min(k, b.to_int(seq.k_len, I32) - 1), "score": s})
+                if self.score is not None:
+                    s = b.splat(emit(self.score), self.lanes) * vmath.LOG2_E
+                if masked:
+                    s = b.select(self.allowed(emit, seq, k, None), s, b.const(-math.inf, self.vector))
+                self.best[v].set(b.max(s, self.best[v].get()))
+                b.store(s, place, self.size)
+
+        self.each_pair(whole, 1, pair)
+
+    def softmax(self, seq: Sequence, head: Value, row: Value, key: Value, whole: Value) -> list[Value]:
+        """P in place of S; returns the factor by which what was accumulated shrinks."""
+        b = self.b
+        pivots: list[Value] = []
+        rescale: list[Value] = []
+        sums: list[Var] = []
+        for v in self.vectors:
+            best, m = self.best[v].get(), self.m[v].get()
+            pivot = b.select(b.compare("eq", best, -math.inf), b.const(0.0, self.vector), best)
+            rescale.append(self.exp2(m - pivot))
+            self.m[v].set(best)
+            pivots.append(pivot)
+            sums.append(b.var(self.vector, b.const(0.0, self.vector)))
+        words: dict[int, list[Value]] = {}
+
+        def pair(j: Value, u: int) -> None:
+            for v in self.vectors:
+                place = self.score_at(j, v)
+                p = self.exp2(b.load(self.vector, place, self.size) - pivots[v])
+                sums[v].set(sums[v].get() + p)
+                if self.spec.dropout:
+                    if u == 0:
+                        words[v] = self.random(seq, head, row, key + j, v)
+                    keep = philox.kept(b, words[v][u], b.to_int(self.word("drop_threshold"), I32))
+                    p = b.select(keep, p, b.const(0.0, self.vector))
+                b.store(p, place, self.size)
+
+        self.each_pair(whole, 4, pair)
+        for v in self.vectors:
+            self.l[v].set(b.fma(self.l[v].get(), rescale[v], sums[v].get()))
+        return rescale
+
+    def accumulate(self, v_rows: Value, whole: Value, rescale: list[Value], partial: Value) -> None:
+        """O = rescale * O + V^T P."""
+        b = self.b
+        v = Matrix(v_rows, self.size, self.dim_v * self.size)
+        p = Matrix(self.s, self.row, self.step)
+
+        def place(d: Scalar, vector: int) -> Value:
+            return b.at(b.at(self.o_t, d * self.row), vector * self.step)
+
+        def start(d: Scalar, vector: int) -> Value:
+            return b.load(self.vector, place(d, vector), self.size) * rescale[vector]
+
+        def finish(d: Scalar, vector: int, value: Value) -> None:
+            b.store(value, place(d, vector), self.size)
+
+        def fast() -> None:
+            product(
+                b, self.dot, v, p, self.spec.head_dim_v, self.spec.query_vectors, whole, tile=self.spec.tile,
+                start=start, finish=finish,
+            )  # fmt: skip
+
+        def guarded() -> None:
+            guarded_product(
+                b, self.dot, v, p, self.spec.head_dim_v, self.spec.query_vectors, whole, probability="y",
+                start=start, finish=finish,
+            )  # fmt: skip
+
+        self.with_guard(fast, guarded, v_rows, whole * (self.dim_v * self.size), partial)
+
+    def finish(self, seq: Sequence, head: Value, row: Value, rows: Value) -> None:
+        b = self.b
+        for v in self.vectors:
+            m, l = self.m[v].get(), self.l[v].get()
+            none = b.compare("eq", l, 0.0)
+            inverse = b.select(none, b.const(0.0, self.vector), b.const(1.0, self.vector) / l)
+            if self.spec.dropout:
+                inverse = inverse * self.number("keep_scale")
+            pivot = b.select(b.compare("eq", m, -math.inf), b.const(0.0, self.vector), m)
+            log2_l = vmath.log2(b, l)
+            lse = b.select(none, b.const(-math.inf, self.vector), (pivot + log2_l) * vmath.LN_2)
+            log2_l = b.select(none, b.const(math.inf, self.vector), log2_l)
+            for i, value in enumerate((inverse, lse, pivot, log2_l)):
+                b.store(value, b.at(self.per_row, i * self.row + v * self.step), self.size)
+        width = self.dim_v * self.size
+        layout.transpose(
+            b, self.o_t, self.row, self.q_rows, width, self.dim_v // self.lanes, self.block_q, self.element,
+            self.lanes, self.per_row,
+        )  # fmt: skip
+        token = seq.q_start + row
+        target = self.rows("out", seq.batch, token, head)
+        layout.unpack_rows(b, self.q_rows, width, target, rows, self.element, self.lanes)
+        lse = self.row_scalar("lse", seq.batch, head, token)
+        stats = self.row_scalar("stats", seq.batch, head, token)
+        with b.loop(0, rows) as r:
+            for i, place in (
+                (1, b.at(lse, r * self.word("lse_token"))),
+                (2, b.at(stats, r * self.word("stats_token"))),
+                (3, b.at(b.at(stats, r * self.word("stats_token")), self.word("stats_plane"))),
+            ):
+                value = b.load(self.element, b.at(b.at(self.per_row, i * self.row), r * self.size), self.size)
+                b.store(value, place)
+

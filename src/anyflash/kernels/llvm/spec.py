@@ -1,0 +1,105 @@
+"""What a compiled kernel is specialised for, and the layout of its argument block.
+
+A `Spec` holds everything that changes the code and nothing else: lengths, strides and addresses are read at run time
+from one block of 64-bit words, so that one kernel serves every batch and length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["forward", "backward", "backward_dq", "backward_dkv"]
+ARRAYS: Mapping[Part, tuple[str, ...]] = {
+    "forward": ("q", "k", "v", "out"),
+    "backward": ("q", "k", "v", "out", "dout", "dq", "dk", "dv"),
+    "backward_dq": ("q", "k", "v", "out", "dout", "dq"),
+    "backward_dkv": ("q", "k", "v", "out", "dout", "dk", "dv"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TableCode:
+    """One table: element type, number of axes, whether its gradient is accumulated, and the axis, if any, along which
+    the bounds of blocks are known."""
+
+    dtype: str
+    rank: int
+    gradient: bool = False
+    bounded_axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """`dense` names the arrays whose head_dim is contiguous. Tile sizes: `query_vectors` vectors of queries by `block_k`
+    keys; `tile` is the register tile of the products (rows, vectors)."""
+
+    part: Part
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    score: str | None
+    mask: str | None
+    tables: tuple[TableCode, ...]
+    dropout: bool
+    sinks: bool
+    dlse: bool
+    dense: frozenset[str]
+    query_vectors: int
+    block_k: int
+    tile: tuple[int, int]
+    bounds_block: int
+
+    @property
+    def key(self) -> str:
+        """All fields as text, in a fixed order."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["dense"] = sorted(self.dense)
+        return repr(fields)
+
+
+COMMON = (
+    "counter", "num_tasks", "tasks", "scratch", "scratch_stride", "sequences", "heads_q", "group",
+    "num_q_blocks", "scale", "keep_scale", "drop_threshold", "seed_low", "seed_high",
+    "sinks", "sinks_stride", "dsinks",
+    "lse", "lse_batch", "lse_head", "lse_token",
+    "stats", "stats_plane", "stats_batch", "stats_head", "stats_token",
+    "dlse", "dlse_batch", "dlse_head", "dlse_token",
+)  # fmt: skip
+
+
+def argument_names(spec: Spec) -> tuple[str, ...]:
+    """The words of the argument block, in order."""
+    names = list(COMMON)
+    for array in ARRAYS[spec.part]:
+        names += [array] + [f"{array}_{axis}" for axis in ("batch", "token", "head", "dim")]
+    for i, table in enumerate(spec.tables):
+        names.append(f"table{i}")
+        names += [f"table{i}_stride{axis}" for axis in range(table.rank)]
+        names += [f"table{i}_extent{axis}" for axis in range(table.rank)]
+        if table.bounded_axis is not None:
+            names.append(f"bounds{i}")
+            names += [f"bounds{i}_stride{axis}" for axis in range(table.rank)]
+        if table.gradient:
+            names += [f"grad{i}", f"grad{i}_partial"]
+            names += [f"grad{i}_stride{axis}" for axis in range(table.rank)]
+    return tuple(names)
+
+
+class ArgumentBlock:
+    """Packs named values into the block; floats as the bits of a double, absent names as 0."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.names = argument_names(spec)
+        self.index = {name: i for i, name in enumerate(self.names)}
+
+    def pack(self, values: Mapping[str, int | float]) -> ctypes.Array[ctypes.c_int64]:
+        block = (ctypes.c_int64 * len(self.names))()
+        for name, value in values.items():
+            if isinstance(value, float):
+                value = struct.unpack("<q", struct.pack("<d", value))[0]
+            block[self.index[name]] = value
+        return block
