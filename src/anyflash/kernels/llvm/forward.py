@@ -80,9 +80,8 @@ class _Forward(Frame):
         b = self.b
         scale = self.number("scale")
         width = self.dim * self.size
-        scale = b.splat(scale * vmath.LOG2_E if self.plain else scale, self.lanes)
+        scale = scale * vmath.LOG2_E if self.plain else scale
         source = self.rows("q", seq.batch, seq.q_start + row, head)
-        scale = scale if source.dense else b.lane(scale, 0)
         layout.pack_rows(b, source, self.q_rows, width, rows, self.block_q, self.element, self.lanes, scale)
         layout.transpose(
             b, self.q_rows, width, self.q_t, self.row, self.spec.query_vectors, self.spec.head_dim, self.element,
@@ -216,7 +215,9 @@ class _Forward(Frame):
                 start=start, finish=finish,
             )  # fmt: skip
 
-        self.with_guard(fast, guarded, v_rows, whole * (self.dim_v * self.size), partial)
+        self.with_guard(
+            fast, guarded, lambda: self.not_finite(v_rows, whole * (self.dim_v * self.size)), partial
+        )
 
     def finish(self, seq: Sequence, head: Value, row: Value, rows: Value) -> None:
         b = self.b

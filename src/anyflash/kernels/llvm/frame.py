@@ -15,7 +15,7 @@ from anyflash.kernels.llvm import layout, philox, vmath
 from anyflash.kernels.llvm.bounds import Instructions
 from anyflash.kernels.llvm.emit import Emitter, TableAccess
 from anyflash.kernels.llvm.gemm import Dot, fma_dot
-from anyflash.kernels.llvm.ir import BYTES, DOUBLE, FLOAT, I1, I32, I64, PTR, Builder, Value, vec
+from anyflash.kernels.llvm.ir import BYTES, DOUBLE, FLOAT, I1, I32, I64, PTR, Builder, Scalar, Value, vec
 from anyflash.kernels.llvm.layout import UserRows, padded
 from anyflash.kernels.llvm.spec import Spec, argument_names
 from anyflash.kernels.llvm.target import Target
@@ -55,6 +55,7 @@ class Frame:
         self.dim_v = padded(spec.head_dim_v, self.lanes)
         self.score = parse(spec.score) if spec.score else None
         self.mask = parse(spec.mask) if spec.mask else None
+        self.hides = hides_pairs(self.score)
         names = argument_names(spec)
         self._word = {name: b.load(I64, b.at(b.parameters["args"], 8 * i), 8) for i, name in enumerate(names)}
         self.scratch_bytes = 0
@@ -239,22 +240,27 @@ class Frame:
         return philox.words(b, group, rows, head, batch, seed)
 
     def with_guard(
-        self, fast: Callable[[], None], guarded: Callable[[], None], rows: Value, size: Value, partial: Value
+        self, fast: Callable[[], None], guarded: Callable[[], None], suspect: Callable[[], Value], partial: Value
     ) -> None:
-        """The fast product, unless a mask meets values in `rows` that are not finite: 0 * NaN must not be added."""
+        """The fast product, unless a mask meets values that are not finite: 0 * NaN must not be added.
+
+        `suspect()` emits the test of the values; it runs only where a score may be masked.
+        """
         b = self.b
-        risky = b.const(True, I1) if has_table(self.score) else partial
         guard = b.var(I1, False)
-        with b.when(risky):
-            guard.set(layout.all_finite(b, rows, size, self.element, self.lanes) ^ True)
+        with b.when(b.const(True, I1) if self.hides else partial):
+            guard.set(suspect())
         b.choose(guard.get(), guarded, fast)
+
+    def not_finite(self, rows: Value, size: Scalar) -> Value:
+        return layout.all_finite(self.b, rows, size, self.element, self.lanes) ^ True
 
     def exp2(self, x: Value) -> Value:
         """2**x of softmax: a degree less than full accuracy is below the rounding of the sum."""
         return vmath.exp2(self.b, x, 5 if self.element == FLOAT else None)
 
 
-def has_table(score: Expr | None) -> bool:
+def hides_pairs(score: Expr | None) -> bool:
     """Whether a score may become -inf, and so be masked, by what a table holds or by a logarithm."""
     found: list[Expr] = []
 

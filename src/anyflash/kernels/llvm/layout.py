@@ -81,7 +81,7 @@ def pack_rows(
     lanes: int,
     scale: Value | None = None,
 ) -> None:
-    """target[r] = scale * source[r] for r < valid, else 0, for `rows` rows of `stride` bytes each."""
+    """target[r] = scale * source[r] for r < valid, else 0, for `rows` rows of `stride` bytes each. `scale` is a scalar."""
     user = ELEMENT[source.dtype]
     whole, rest = divmod(source.columns, lanes)
 
@@ -133,9 +133,20 @@ def store_first(b: Builder, value: Value, pointer: Value, count: int) -> None:
 
 
 def unpack_rows(
-    b: Builder, source: Value, stride: int, target: UserRows, valid: Value, element: str, lanes: int
+    b: Builder,
+    source: Value,
+    stride: int,
+    target: UserRows,
+    valid: Value,
+    element: str,
+    lanes: int,
+    scale: Value | None = None,
 ) -> None:
-    """target[r] = source[r] for r < valid."""
+    """target[r] = scale * source[r] for r < valid. `scale` is a scalar."""
+
+    def finish(value: Value) -> Value:
+        return convert(b, value if scale is None else value * scale, user)
+
     user = ELEMENT[target.dtype]
     whole, rest = divmod(target.columns, lanes)
     vector = vec(element, lanes)
@@ -145,14 +156,14 @@ def unpack_rows(
         if target.dense:
             with b.loop(0, whole) as c:
                 value = b.load(vector, b.at(row, c * (lanes * BYTES[element])), BYTES[element])
-                b.store(convert(b, value, user), b.at(out, c * (lanes * BYTES[user])))
+                b.store(finish(value), b.at(out, c * (lanes * BYTES[user])))
             if rest:
                 value = b.load(vector, b.at(row, whole * lanes * BYTES[element]), BYTES[element])
-                store_first(b, convert(b, value, user), b.at(out, whole * lanes * BYTES[user]), rest)
+                store_first(b, finish(value), b.at(out, whole * lanes * BYTES[user]), rest)
         else:
             with b.loop(0, target.columns) as c:
                 value = b.load(element, b.at(row, c * BYTES[element]), BYTES[element])
-                b.store(convert(b, value, user), b.at(out, c * target.column_stride))
+                b.store(finish(value), b.at(out, c * target.column_stride))
 
 
 def transpose(

@@ -63,7 +63,7 @@ class Spec:
 
 COMMON = (
     "counter", "num_tasks", "tasks", "scratch", "scratch_stride", "sequences", "heads_q", "group",
-    "num_q_blocks", "scale", "keep_scale", "drop_threshold", "seed_low", "seed_high",
+    "num_q_blocks", "acc_keys", "scale", "keep_scale", "drop_threshold", "seed_low", "seed_high",
     "sinks", "sinks_stride", "dsinks",
     "lse", "lse_batch", "lse_head", "lse_token",
     "stats", "stats_plane", "stats_batch", "stats_head", "stats_token",

@@ -1,0 +1,345 @@
+"""Attention backward, by recomputing each tile's probabilities.
+
+    delta   = sum_d dO[i, d] out[i, d] - dlse[i]
+    S       as in the forward;   P = 2**(S - m - log2 l)
+    dP      = V dO^T                             [block_k, block_q], as S
+    dS      = P (dP - delta) * dprogram/dscore
+    dV[j]  += P dO        dK[j] += dS (scale Q)  rows of keys, head_dim along the lanes
+    dQ[d]  += K^T dS                             queries along the lanes, as O
+    table  += dS' * dprogram/dload               at the load's index
+    dsink   = -sum_i P_sink delta
+
+One task walks a range of query blocks against a range of keys, for a range of batch entries and key heads, its
+sums in order: query heads of the group, then query blocks, then keys. `backward` does all five products in one
+walk; where there are too few heads for the threads, `backward_dq` (ranges of queries) and `backward_dkv` (ranges
+of keys) share the work at the price of two products more. Each gradient is added up in the same order either
+way, so a result depends neither on the ranges nor on the threads.
+
+Scratch of a thread: Q and dO as rows and as columns, S, dP, dQ^T, packed K and V, and the sums dK and dV of the range.
+"""
+
+from __future__ import annotations
+
+import math
+
+from anyflash.kernels.llvm import layout, philox, vmath
+from anyflash.kernels.llvm.frame import Frame, Sequence
+from anyflash.kernels.llvm.gemm import Matrix, guarded_product, product
+from anyflash.kernels.llvm.ir import I1, I32, I64, Builder, Scalar, Value, Var
+from anyflash.kernels.llvm.scatter import Scatter
+from anyflash.kernels.llvm.spec import Spec
+from anyflash.kernels.llvm.target import Target
+from anyflash.semantics.derivative import derivative
+
+TASK_WORDS = ("batch_begin", "batch_end", "head_begin", "head_end", "block_begin", "block_end", "key_begin",
+              "key_end", "partial")  # fmt: skip
+
+
+def emit_backward(spec: Spec, target: Target) -> tuple[str, int]:
+    """The function's IR and the bytes of scratch a thread needs beside the sums of dK and dV."""
+    b = Builder(spec.part)
+    kernel = _Backward(b, spec, target)
+    with b.forever() as done:
+        kernel.task(b.atomic_increment(kernel.pointer("counter")), done)
+    return b.text(), kernel.scratch_bytes
+
+
+class _Backward(Frame):
+    def __init__(self, b: Builder, spec: Spec, target: Target) -> None:
+        super().__init__(b, spec, target)
+        self.vectors = range(spec.query_vectors)
+        self.want_dq = spec.part in ("backward", "backward_dq")
+        self.want_dkv = spec.part in ("backward", "backward_dkv")
+        self.plain = self.score is None
+        self.slope = None if self.score is None else derivative(self.score)
+        self.width, self.width_v = self.dim * self.size, self.dim_v * self.size
+        self.q_rows = self.scratch(self.block_q * self.width)
+        self.do_rows = self.scratch(self.block_q * self.width_v)
+        self.q_t = self.scratch(spec.head_dim * self.row)
+        self.do_t = self.scratch(spec.head_dim_v * self.row)
+        self.dq_t = self.scratch(self.dim * self.row)
+        self.s = self.scratch(spec.block_k * self.row)
+        self.ds = self.scratch(spec.block_k * self.row)
+        self.k_rows = self.scratch(spec.block_k * self.width)
+        self.v_rows = self.scratch(spec.block_k * self.width_v)
+        self.spare = self.scratch(self.block_q * max(self.width, self.width_v))
+        self.m, self.log2_l, self.delta = (self.scratch(self.row) for _ in range(3))
+        self.bad_q, self.bad_do = b.var(I1, False), b.var(I1, False)
+        # The sums of dK and dV lie behind everything of fixed size.
+        self.dk_sums = b.at(self._scratch, self.scratch_bytes)
+        self.dv_sums = b.at(self.dk_sums, self.word("acc_keys") * self.width)
+        self.scatter = Scatter(self, spec) if self.want_dq else None
+
+    def task(self, number: Value, done: str) -> None:
+        b = self.b
+        b.leave_if(number >= self.word("num_tasks"), done)
+        record = b.at(self.pointer("tasks"), number * (8 * len(TASK_WORDS)))
+        task = {name: b.load(I64, b.at(record, 8 * i), 8) for i, name in enumerate(TASK_WORDS)}
+        if self.scatter is not None:
+            self.scatter.begin(task["partial"])
+        with b.loop(task["batch_begin"], task["batch_end"]) as batch:
+            seq = self.sequence(batch)
+            with b.loop(task["head_begin"], task["head_end"]) as kv_head:
+                self.walk(seq, kv_head, task)
+
+    def walk(self, seq: Sequence, kv_head: Value, task: dict[str, Value]) -> None:
+        """All queries of the range against all keys of the range, for the query heads of one key head."""
+        b, group = self.b, self.word("group")
+        blocks = (seq.q_len + (self.block_q - 1)) / self.block_q
+        last_block = b.min(task["block_end"], blocks)
+        key_end = b.min(task["key_end"], seq.k_len)
+        keys = b.max(b.const(0, I64), key_end - task["key_begin"])
+        if self.want_dkv:
+            whole = (keys + (self.spec.tile[0] - 1)) / self.spec.tile[0] * self.spec.tile[0]
+            layout.zero(b, self.dk_sums, whole * self.width, self.element, self.lanes)
+            layout.zero(b, self.dv_sums, whole * self.width_v, self.element, self.lanes)
+        with b.loop(0, group) as g:
+            head = kv_head * group + g
+            with b.loop(task["block_begin"], last_block) as block:
+                row = block * self.block_q
+                rows = b.min(b.const(self.block_q, I64), seq.q_len - row)
+                self.begin(seq, head, row, rows, block)
+                with b.loop(task["key_begin"], key_end, self.spec.block_k) as key:
+                    count = b.min(b.const(self.spec.block_k, I64), key_end - key)
+                    surely, possibly = self.tile_class(seq, head, row, rows, key, count)
+                    with b.when(possibly):
+                        self.tile(seq, head, kv_head, row, rows, key, count, surely, key - task["key_begin"])
+                if self.want_dq:
+                    self.finish_queries(seq, head, row, rows)
+        if self.want_dkv:
+            self.finish_keys(seq, kv_head, task["key_begin"], keys)
+
+    # -- a block of queries --------------------------------------------------------------------------------------
+
+    def begin(self, seq: Sequence, head: Value, row: Value, rows: Value, block: Value) -> None:
+        b, spec = self.b, self.spec
+        token = seq.q_start + row
+        scale = self.number("scale")
+        scale = scale * vmath.LOG2_E if self.plain else scale
+        for name, rows_at, columns_at, width, dim, factor in (
+            ("q", self.q_rows, self.q_t, self.width, spec.head_dim, scale),
+            ("dout", self.do_rows, self.do_t, self.width_v, spec.head_dim_v, None),
+        ):
+            source = self.rows(name, seq.batch, token, head)
+            layout.pack_rows(b, source, rows_at, width, rows, self.block_q, self.element, self.lanes, factor)
+            layout.transpose(
+                b, rows_at, width, columns_at, self.row, spec.query_vectors, dim, self.element, self.lanes
+            )
+        self.bad_q.set(self.not_finite(self.q_rows, self.block_q * self.width))
+        self.bad_do.set(self.not_finite(self.do_rows, self.block_q * self.width_v))
+        self.load_rows(seq, head, token, rows)
+        if self.want_dq:
+            layout.zero(b, self.dq_t, self.dim * self.row, self.element, self.lanes)
+            if spec.sinks:
+                self.sink_gradient(seq, head, block)
+
+    def load_rows(self, seq: Sequence, head: Value, token: Value, rows: Value) -> None:
+        """m, log2 l and delta of every row; past the end, a row whose probabilities are all 0."""
+        b = self.b
+        source = self.rows("out", seq.batch, token, head)
+        layout.pack_rows(
+            b, source, self.spare, self.width_v, rows, self.block_q, self.element, self.lanes
+        )
+        for place, value in ((self.m, 0.0), (self.log2_l, math.inf), (self.delta, 0.0)):
+            with b.loop(0, self.row, self.step) as offset:
+                b.store(b.const(value, self.vector), b.at(place, offset), self.size)
+        stats = self.row_scalar("stats", seq.batch, head, token)
+        dlse = self.row_scalar("dlse", seq.batch, head, token) if self.spec.dlse else None
+        with b.loop(0, rows) as r:
+            at = b.at(stats, r * self.word("stats_token"))
+            b.store(b.load(self.element, at), b.at(self.m, r * self.size), self.size)
+            log2_l = b.load(self.element, b.at(at, self.word("stats_plane")))
+            b.store(log2_l, b.at(self.log2_l, r * self.size), self.size)
+            total = b.var(self.vector, b.const(0.0, self.vector))
+            with b.loop(0, self.width_v, self.step) as offset:
+                out = b.load(self.vector, b.at(b.at(self.spare, r * self.width_v), offset), self.size)
+                dout = b.load(self.vector, b.at(b.at(self.do_rows, r * self.width_v), offset), self.size)
+                total.set(b.fma(out, dout, total.get()))
+            delta = b.reduce("add", total.get())
+            if dlse is not None:
+                delta = delta - b.load(self.element, b.at(dlse, r * self.word("dlse_token")))
+            b.store(delta, b.at(self.delta, r * self.size), self.size)
+
+    def per_row(self, place: Value, vector: int) -> Value:
+        return self.b.load(self.vector, self.b.at(place, vector * self.step), self.size)
+
+    def sink_gradient(self, seq: Sequence, head: Value, block: Value) -> None:
+        """One partial sum a query block; the caller adds them up in order."""
+        b = self.b
+        sink = b.load(self.element, b.at(self.pointer("sinks"), head * self.word("sinks_stride"))) * vmath.LOG2_E
+        total = b.const(0.0, self.vector)
+        for v in self.vectors:
+            p = self.exp2(sink - self.per_row(self.m, v) - self.per_row(self.log2_l, v))
+            term = p * self.per_row(self.delta, v)
+            total = total - b.select(b.compare("eq", p, 0.0), b.const(0.0, self.vector), term)
+        index = (seq.batch * self.word("heads_q") + head) * self.word("num_q_blocks") + block
+        b.store(b.reduce("add", total), b.at(self.pointer("dsinks"), index * self.size))
+
+    def finish_queries(self, seq: Sequence, head: Value, row: Value, rows: Value) -> None:
+        b = self.b
+        layout.transpose(
+            b, self.dq_t, self.row, self.spare, self.width, self.dim // self.lanes, self.block_q, self.element,
+            self.lanes,
+        )  # fmt: skip
+        target = self.rows("dq", seq.batch, seq.q_start + row, head)
+        layout.unpack_rows(
+            b, self.spare, self.width, target, rows, self.element, self.lanes, self.number("scale")
+        )
+
+    def finish_keys(self, seq: Sequence, kv_head: Value, first: Value, keys: Value) -> None:
+        # Q was packed with scale * log2(e) where there is no program.
+        factor = self.b.const(vmath.LN_2, self.element) if self.plain else None
+        for name, sums, width, scale in (
+            ("dk", self.dk_sums, self.width, factor),
+            ("dv", self.dv_sums, self.width_v, None),
+        ):
+            target = self.rows(name, seq.batch, seq.k_start + first, kv_head)
+            layout.unpack_rows(self.b, sums, width, target, keys, self.element, self.lanes, scale)
+
+    # -- a tile --------------------------------------------------------------------------------------------------
+
+    def tile(
+        self, seq: Sequence, head: Value, kv_head: Value, row: Value, rows: Value, key: Value, keys: Value,
+        surely: Value, place: Value,
+    ) -> None:  # fmt: skip
+        b, spec = self.b, self.spec
+        tile_rows = spec.tile[0]
+        whole = (keys + (tile_rows - 1)) / tile_rows * tile_rows
+        partial = (surely ^ True) | b.compare("lt", keys, whole) | b.compare("lt", rows, self.block_q)
+        k = self.block_of_rows("k", seq, kv_head, key, keys, whole, self.k_rows)
+        v = self.block_of_rows("v", seq, kv_head, key, keys, whole, self.v_rows)
+        for source, width, columns, depth, target in (
+            (k, self.width, self.q_t, spec.head_dim, self.s),
+            (v, self.width_v, self.do_t, spec.head_dim_v, self.ds),
+        ):
+            product(
+                b, self.dot, Matrix(source, width, self.size), Matrix(columns, self.row, self.step), whole,
+                spec.query_vectors, depth, tile=spec.tile,
+                start=lambda j, vector: b.const(0.0, self.vector),
+                finish=lambda j, vector, x, t=target: b.store(x, self.at(t, j, vector), self.size),
+            )  # fmt: skip
+        b.choose(
+            partial,
+            lambda: self.probabilities(seq, head, row, rows, key, whole, masked=True),
+            lambda: self.probabilities(seq, head, row, rows, key, whole, masked=False),
+        )
+        if self.want_dkv:
+            for left, right, width, sums, bad in (
+                (self.s, self.do_rows, self.width_v, self.dv_sums, self.bad_do),
+                (self.ds, self.q_rows, self.width, self.dk_sums, self.bad_q),
+            ):
+                self.add_keys(left, right, width, b.at(sums, place * width), whole, bad, partial)
+        if self.want_dq:
+            self.add_queries(k, whole, partial)
+
+    def at(self, matrix: Value, j: Scalar, vector: int) -> Value:
+        return self.b.at(self.b.at(matrix, j * self.row), vector * self.step)
+
+    def probabilities(
+        self, seq: Sequence, head: Value, row: Value, rows: Value, key: Value, whole: Value, masked: bool
+    ) -> None:
+        """P in place of S (dropped where dropout drops), dS in place of dP; gradients of tables."""
+        b = self.b
+        fixed = [self.variables(seq, head, row, v) for v in self.vectors]
+        words: dict[int, list[Value]] = {}
+        zero = b.const(0.0, self.vector)
+        if self.scatter is not None:
+            self.scatter.begin_tile()
+
+        def valid_rows(v: int) -> Value:
+            lanes = b.iota(I64, self.lanes) + v * self.lanes
+            return b.compare("lt", lanes, rows)
+
+        def pair(j: Value, u: int) -> None:
+            k = b.to_int(key + j, I32)
+            emitters = []
+            grads = []
+            for v in self.vectors:
+                s_at, ds_at = self.at(self.s, j, v), self.at(self.ds, j, v)
+                s, dp = b.load(self.vector, s_at, self.size), b.load(self.vector, ds_at, self.size)
+                emit = self.emitter({**fixed[v], "k": b.min(k, b.to_int(seq.k_len, I32) - 1), "score": s})
+                if self.score is not None:
+                    s = b.splat(emit(self.score), self.lanes) * vmath.LOG2_E
+                live = self.allowed(emit, seq, k, valid_rows(v)) if masked else None
+                if self.hides:
+                    visible = b.compare("ne", s, -math.inf)
+                    live = visible if live is None else live & visible
+                p = self.exp2(s - self.per_row(self.m, v) - self.per_row(self.log2_l, v))
+                kept_p = p
+                if self.spec.dropout:
+                    if u == 0:
+                        words[v] = self.random(seq, head, row, key + j, v)
+                    keep = philox.kept(b, words[v][u], b.to_int(self.word("drop_threshold"), I32))
+                    factor = b.select(keep, b.splat(self.number("keep_scale"), self.lanes), zero)
+                    kept_p, dp = p * factor, b.select(keep, dp * factor, zero)
+                ds = p * (dp - self.per_row(self.delta, v))
+                if live is not None:
+                    kept_p, ds = b.select(live, kept_p, zero), b.select(live, ds, zero)
+                emitters.append(emit)
+                grads.append((ds, live))
+                if self.slope is not None:
+                    through = ds * b.splat(emit(self.slope), self.lanes)
+                    ds = through if live is None else b.select(live, through, zero)
+                b.store(kept_p, s_at, self.size)
+                b.store(ds, ds_at, self.size)
+            if self.scatter is not None:
+                self.scatter.add(emitters, grads)
+
+        self.each_pair(whole, 4 if self.spec.dropout else 1, pair)
+        if self.scatter is not None:
+            self.scatter.finish_tile()
+
+    def add_keys(
+        self, left: Value, right: Value, width: int, sums: Value, whole: Value, bad: Var, partial: Value
+    ) -> None:
+        """sums[j] += sum_i left[j, i] * right[i]: rows of dK or dV."""
+        b = self.b
+        vectors = width // self.step
+        a, y = Matrix(left, self.row, self.size), Matrix(right, width, self.step)
+        columns = next(w for w in (3, 2, 1) if vectors % w == 0 and w <= self.spec.tile[1])
+
+        def place(j: Scalar, vector: int) -> Value:
+            return b.at(b.at(sums, j * width), vector * self.step)
+
+        def start(j: Scalar, vector: int) -> Value:
+            return b.load(self.vector, place(j, vector), self.size)
+
+        def finish(j: Scalar, vector: int, value: Value) -> None:
+            b.store(value, place(j, vector), self.size)
+
+        self.with_guard(
+            lambda: product(
+                b, self.dot, a, y, whole, vectors, self.block_q, tile=(self.spec.tile[0], columns), start=start,
+                finish=finish,
+            ),
+            lambda: guarded_product(
+                b, self.dot, a, y, whole, vectors, self.block_q, probability="a", start=start, finish=finish
+            ),
+            bad.get,
+            partial,
+        )  # fmt: skip
+
+    def add_queries(self, k_rows: Value, whole: Value, partial: Value) -> None:
+        """dQ^T += K^T dS."""
+        b, spec = self.b, self.spec
+        a, y = Matrix(k_rows, self.size, self.width), Matrix(self.ds, self.row, self.step)
+
+        def start(d: Scalar, vector: int) -> Value:
+            return b.load(self.vector, self.at(self.dq_t, d, vector), self.size)
+
+        def finish(d: Scalar, vector: int, value: Value) -> None:
+            b.store(value, self.at(self.dq_t, d, vector), self.size)
+
+        self.with_guard(
+            lambda: product(
+                b, self.dot, a, y, spec.head_dim, spec.query_vectors, whole, tile=spec.tile, start=start,
+                finish=finish,
+            ),
+            lambda: guarded_product(
+                b, self.dot, a, y, spec.head_dim, spec.query_vectors, whole, probability="y", start=start,
+                finish=finish,
+            ),
+            lambda: self.not_finite(k_rows, whole * self.width),
+            partial,
+        )  # fmt: skip
+
