@@ -27,13 +27,9 @@ from anyflash.kernels.llvm.frame import Frame, Sequence
 from anyflash.kernels.llvm.gemm import Matrix, guarded_product, product
 from anyflash.kernels.llvm.ir import I1, I32, I64, Builder, Scalar, Value, Var
 from anyflash.kernels.llvm.scatter import Scatter
-from anyflash.kernels.llvm.spec import Spec
+from anyflash.kernels.llvm.spec import TASK_WORDS, Spec
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.derivative import derivative
-
-TASK_WORDS = ("batch_begin", "batch_end", "head_begin", "head_end", "block_begin", "block_end", "key_begin",
-              "key_end", "partial")  # fmt: skip
-
 
 def emit_backward(spec: Spec, target: Target) -> tuple[str, int]:
     """The function's IR and the bytes of scratch a thread needs beside the sums of dK and dV."""

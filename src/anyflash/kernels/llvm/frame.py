@@ -59,7 +59,8 @@ class Frame:
         names = argument_names(spec)
         self._word = {name: b.load(I64, b.at(b.parameters["args"], 8 * i), 8) for i, name in enumerate(names)}
         self.scratch_bytes = 0
-        self._scratch = b.at(self.pointer("scratch"), b.parameters["thread"] * self.word("scratch_stride"))
+        own = b.load(I64, b.at(self.pointer("scratch"), b.parameters["thread"] * 8), 8)
+        self._scratch = b.cast("inttoptr", own, PTR)
         self.tables = tuple(self._table(i) for i in range(len(spec.tables)))
 
     # -- arguments -----------------------------------------------------------------------------------------------

@@ -62,12 +62,19 @@ class Spec:
 
 
 COMMON = (
-    "counter", "num_tasks", "tasks", "scratch", "scratch_stride", "sequences", "heads_q", "group",
+    "counter", "num_tasks", "tasks", "scratch", "sequences", "heads_q", "group",
     "num_q_blocks", "acc_keys", "scale", "keep_scale", "drop_threshold", "seed_low", "seed_high",
     "sinks", "sinks_stride", "dsinks",
     "lse", "lse_batch", "lse_head", "lse_token",
     "stats", "stats_plane", "stats_batch", "stats_head", "stats_token",
     "dlse", "dlse_batch", "dlse_head", "dlse_token",
+)  # fmt: skip
+
+
+# One task of a backward: half-open ranges of batch entries, key heads, query blocks and keys, and the number of the
+# partial sums that its table gradients go to.
+TASK_WORDS = (
+    "batch_begin", "batch_end", "head_begin", "head_end", "block_begin", "block_end", "key_begin", "key_end", "partial",
 )  # fmt: skip
 
 
@@ -90,16 +97,20 @@ def argument_names(spec: Spec) -> tuple[str, ...]:
 
 
 class ArgumentBlock:
-    """Packs named values into the block; floats as the bits of a double, absent names as 0."""
+    """Makes argument blocks: words that stay the same from call to call are set once, in a template."""
 
-    def __init__(self, spec: Spec) -> None:
-        self.names = argument_names(spec)
-        self.index = {name: i for i, name in enumerate(self.names)}
-
-    def pack(self, values: Mapping[str, int | float]) -> ctypes.Array[ctypes.c_int64]:
-        block = (ctypes.c_int64 * len(self.names))()
-        for name, value in values.items():
+    def __init__(self, spec: Spec, fixed: Mapping[str, int | float]) -> None:
+        self.index = {name: i for i, name in enumerate(argument_names(spec))}
+        self._type = ctypes.c_int64 * len(self.index)
+        self._template = self._type()
+        for name, value in fixed.items():
             if isinstance(value, float):
                 value = struct.unpack("<q", struct.pack("<d", value))[0]
+            self._template[self.index[name]] = value
+
+    def fill(self, values: Mapping[str, int]) -> ctypes.Array[ctypes.c_int64]:
+        """A block of its own for one call."""
+        block = self._type.from_buffer_copy(self._template)
+        for name, value in values.items():
             block[self.index[name]] = value
         return block

@@ -1,0 +1,193 @@
+"""The CPU backend: kernels emitted by `kernels.llvm` for the machine they run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anyflash.core.device import Device
+from anyflash.core.errors import InvalidCall
+from anyflash.core.view import View
+from anyflash.semantics.arrays import as_numpy
+from anyflash.semantics.operands import Gradients, Operands, Results, Saved
+from anyflash.semantics.problem import Problem
+
+_MAX_KEPT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The instruction set that kernels are compiled for."""
+
+    target: str
+
+
+class CpuBackend:
+    name = "cpu"
+    rank: int | None = 10
+    accepts = "memory"
+
+    def __init__(self) -> None:
+        self._launches: dict[Any, Any] = {}
+
+    def available(self) -> str | None:
+        from anyflash.kernels.llvm.target import host_target
+
+        try:
+            target = host_target()
+        except InvalidCall as error:
+            return str(error)
+        return None if target.fma else "needs a processor with AVX2 and FMA, or AArch64"
+
+    def decline(self, problem: Problem, device: Device) -> list[str]:
+        from anyflash.kernels.llvm.limits import integers_too_wide
+
+        if device.kind != "cpu":
+            return [f"runs on the cpu, the arrays are on {device}"]
+        return integers_too_wide(problem)
+
+    def configure(self, problem: Problem) -> Config:
+        from anyflash.kernels.llvm.target import host_target
+
+        return Config(host_target().name)
+
+    def forward(self, problem: Problem, config: Config, operands: Operands, results: Results) -> None:
+        from anyflash.kernels.llvm import launch, pool
+
+        if problem.batch == 0 or 0 in results.out.shape:
+            return
+        arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out": results.out}
+        rows = {"lse": results.lse, "stats": results.stats}
+        work = self._launch(problem, "forward", config, arrays, rows, operands.tables, {})
+        tasks = problem.batch * problem.heads_q * work.num_q_blocks
+        work.run(operands, launch.addresses([*arrays.items(), *rows.items()]), tasks, pool.num_threads(), 0)
+
+    def backward(
+        self, problem: Problem, config: Config, operands: Operands, saved: Saved, grads: Gradients
+    ) -> None:
+        from anyflash.kernels.llvm import pool, schedule
+
+        threads = pool.num_threads()
+        number = np.float64 if problem.dtype == "float64" else np.float32
+        sums = schedule.table_sums(problem)
+        totals: dict[int, np.ndarray] = {}
+        for i, view in enumerate(grads.tables):
+            if view is not None:
+                as_numpy(view)[...] = 0
+                if i in sums.own:
+                    totals[i] = np.zeros((sums.count, *problem.tables[i].shape), number)
+        if grads.dsinks is not None:
+            as_numpy(grads.dsinks)[...] = 0
+        if problem.batch == 0 or 0 in saved.out.shape:
+            for view in (grads.dq, grads.dk, grads.dv):
+                as_numpy(view)[...] = 0
+            return
+        self._zero_unused_keys(problem, operands, grads)
+        block_q = schedule.block_q(problem, config.target)
+        blocks = -(-problem.seqlen_q // block_q)
+        sink_sums = np.zeros((problem.batch, problem.heads_q, blocks), number)
+        for walk in schedule.backward_walks(problem, block_q, threads):
+            self._walk(problem, config, operands, saved, grads, walk, totals, sink_sums, threads)
+        for i, total in totals.items():
+            view = grads.tables[i]
+            assert view is not None
+            np.add.reduce(total, axis=0, out=as_numpy(view))
+        if grads.dsinks is not None:
+            as_numpy(grads.dsinks)[...] = sink_sums.sum(axis=(0, 2))
+
+    def _walk(
+        self,
+        problem: Problem,
+        config: Config,
+        operands: Operands,
+        saved: Saved,
+        grads: Gradients,
+        walk: Any,
+        totals: dict[int, np.ndarray],
+        sink_sums: np.ndarray,
+        threads: int,
+    ) -> None:
+        from anyflash.kernels.llvm import launch
+        from anyflash.kernels.llvm.spec import ARRAYS
+
+        every = {
+            "q": operands.q, "k": operands.k, "v": operands.v, "out": saved.out, "dout": saved.dout,
+            "dq": grads.dq, "dk": grads.dk, "dv": grads.dv,
+        }  # fmt: skip
+        arrays = {name: every[name] for name in ARRAYS[walk.part]}
+        rows = {"stats": saved.stats}
+        if saved.dlse is not None:
+            rows["dlse"] = saved.dlse
+        strides: dict[int, tuple[int, ...]] = {}
+        values = launch.addresses([*arrays.items(), *rows.items()])
+        values["tasks"] = walk.tasks.ctypes.data
+        values["dsinks"] = sink_sums.ctypes.data
+        if walk.part != "backward_dkv":
+            for i, view in enumerate(grads.tables):
+                if view is not None:
+                    own = totals.get(i)
+                    strides[i] = view.strides if own is None else own.strides[1:]
+                    assert view.ptr is not None
+                    values[f"grad{i}"] = view.ptr if own is None else own.ctypes.data
+                    values[f"grad{i}_partial"] = 0 if own is None else own.strides[0]
+        work = self._launch(problem, walk.part, config, arrays, rows, operands.tables, strides)
+        work.run(operands, values, len(walk.tasks), threads, walk.acc_keys)
+
+    @staticmethod
+    def _zero_unused_keys(problem: Problem, operands: Operands, grads: Gradients) -> None:
+        """Packed tokens that belong to no sequence, or lie past seqused_k, have no task that would write them."""
+        if problem.addressing == "varlen":
+            for view in (grads.dq, grads.dk, grads.dv):
+                as_numpy(view)[...] = 0
+
+    def _launch(
+        self,
+        problem: Problem,
+        part: Any,
+        config: Config,
+        arrays: dict[str, View],
+        rows: dict[str, View],
+        tables: tuple[View, ...],
+        gradient_strides: dict[int, tuple[int, ...]],
+    ) -> Any:
+        key = (
+            problem,
+            part,
+            config.target,
+            tuple(v.strides for v in arrays.values()),
+            tuple((n, v.strides) for n, v in rows.items()),
+            tuple(v.strides for v in tables),
+            tuple(gradient_strides.items()),
+        )
+        found = self._launches.get(key)
+        if found is None:
+            from anyflash.kernels.llvm.launch import Launch
+            from anyflash.kernels.llvm.target import get_target
+
+            found = Launch(problem, part, get_target(config.target), arrays, rows, tables, gradient_strides)
+            if len(self._launches) >= _MAX_KEPT:
+                self._launches.clear()
+            self._launches[key] = found
+        return found
+
+    def explain(self, problem: Problem, config: Config) -> dict[str, Any]:
+        from anyflash.kernels.llvm import pool, schedule
+        from anyflash.kernels.llvm.target import get_target
+
+        target = get_target(config.target)
+        block_q = schedule.block_q(problem, config.target)
+        return {
+            "instruction set": target.name,
+            "block_q": block_q,
+            "block_k": schedule.BLOCK_K,
+            "register tile": schedule.tile(target),
+            "threads": pool.num_threads(),
+            "backward": " + ".join(
+                w.part for w in schedule.backward_walks(problem, block_q, pool.num_threads())
+            ),
+        }
+
+
+BACKEND = CpuBackend()

@@ -1,0 +1,196 @@
+"""From views to a running kernel: the argument block, the tables' block bounds, scratch, threads.
+
+A `Launch` holds what stays the same for one problem and one set of strides: code, argument template, tasks. A
+call then fills in addresses and runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyflash.core.view import View
+from anyflash.kernels.llvm import engine, pool, schedule
+from anyflash.kernels.llvm.backward import emit_backward
+from anyflash.kernels.llvm.forward import emit_forward
+from anyflash.kernels.llvm.layout import padded
+from anyflash.kernels.llvm.spec import ARRAYS, ArgumentBlock, Part, Spec
+from anyflash.kernels.llvm.target import Target
+from anyflash.semantics.arrays import as_numpy
+from anyflash.semantics.operands import Operands
+from anyflash.semantics.problem import Problem
+
+_COUNTER_WORDS = 16  # the task counter has a cache line of its own behind the arguments
+_ROW_ARRAYS = ("lse", "stats", "dlse")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled function and the scratch of fixed size that a thread needs."""
+
+    address: int
+    scratch_bytes: int
+
+
+_codes: dict[tuple[Spec, Target], Code] = {}
+
+
+def compiled(spec: Spec, target: Target) -> Code:
+    """The kernel for `spec`: from this process, from disk, or compiled now."""
+    found = _codes.get((spec, target))
+    if found is None:
+        emit = emit_forward if spec.part == "forward" else emit_backward
+        ir, scratch_bytes = emit(spec, target)
+        kernel = engine.compile_module(ir, target, f"{target.key} {spec.key}", [spec.part])
+        found = _codes[spec, target] = Code(kernel.addresses[spec.part], scratch_bytes)
+    return found
+
+
+class Launch:
+    """One part of one problem with fixed strides, ready to run on any memory."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        part: Part,
+        target: Target,
+        arrays: Mapping[str, View],
+        rows: Mapping[str, View],
+        tables: tuple[View, ...],
+        gradient_strides: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        self.problem, self.part, self.target = problem, part, target
+        dense = frozenset(n for n in ARRAYS[part] if arrays[n].shape[-1] <= 1 or _inner(arrays[n]) == arrays[n].itemsize)
+        self.spec = schedule.make_spec(problem, part, target, dense, "dlse" in rows)
+        self.code = compiled(self.spec, target)
+        self.lanes = schedule.lanes(target, problem.dtype)
+        self.block_q = self.spec.query_vectors * self.lanes
+        self.size = 8 if problem.dtype == "float64" else 4
+        self.num_q_blocks = -(-problem.seqlen_q // self.block_q)
+        self.block = ArgumentBlock(self.spec, self._fixed(arrays, rows, tables, gradient_strides))
+        self.sequences = None if problem.addressing == "varlen" else _dense_sequences(problem)
+
+    def _fixed(
+        self,
+        arrays: Mapping[str, View],
+        rows: Mapping[str, View],
+        tables: tuple[View, ...],
+        gradient_strides: Mapping[int, tuple[int, ...]],
+    ) -> dict[str, int | float]:
+        problem, p = self.problem, self.problem.program.dropout_p
+        values: dict[str, int | float] = {
+            "heads_q": problem.heads_q,
+            "group": problem.group,
+            "num_q_blocks": self.num_q_blocks,
+            "scale": float(problem.scale),
+            "keep_scale": 1.0 / (1.0 - p),
+            "drop_threshold": round(p * 2**32),
+            "sinks_stride": self.size,
+        }
+        for name in ARRAYS[self.part]:
+            # Packed arrays have no batch axis: their sequences start at a token.
+            strides = arrays[name].strides if arrays[name].ndim == 4 else (0, *arrays[name].strides)
+            for axis, stride in zip(("batch", "token", "head", "dim"), strides, strict=True):
+                values[f"{name}_{axis}"] = stride
+        for name, view in rows.items():
+            strides = view.strides
+            if name == "stats":
+                values["stats_plane"], strides = strides[0], strides[1:]
+            if problem.addressing == "varlen":
+                strides = (0, *strides)
+            for axis, stride in zip(("batch", "head", "token"), strides, strict=True):
+                values[f"{name}_{axis}"] = stride
+        for i, view in enumerate(tables):
+            for a, (stride, extent) in enumerate(zip(view.strides, view.shape, strict=True)):
+                values[f"table{i}_stride{a}"], values[f"table{i}_extent{a}"] = stride, extent
+        for i, strides in gradient_strides.items():
+            for a, stride in enumerate(strides):
+                values[f"grad{i}_stride{a}"] = stride
+        return values
+
+    def run(self, operands: Operands, addresses: dict[str, int], num_tasks: int, threads: int, acc_keys: int) -> None:
+        """Run over `num_tasks` tasks. `addresses` holds every array's; tables, sinks, seed are taken from `operands`."""
+        if not num_tasks:
+            return
+        kept: list[object] = []
+        values = addresses
+        sequences = self.sequences
+        if sequences is None:
+            sequences = _packed_sequences(self.problem, operands)
+        values["sequences"] = sequences.ctypes.data
+        values["num_tasks"] = num_tasks
+        values["acc_keys"] = acc_keys
+        if self.spec.dropout:
+            values["seed_low"], values["seed_high"] = _signed(operands.seed), _signed(operands.seed >> 32)
+        if operands.sinks is not None:
+            sinks = as_numpy(operands.sinks).astype(np.float64 if self.size == 8 else np.float32)
+            kept.append(sinks)
+            values["sinks"] = sinks.ctypes.data
+        for i, view in enumerate(operands.tables):
+            assert view.ptr is not None
+            values[f"table{i}"] = view.ptr
+            axis = self.spec.tables[i].bounded_axis
+            if axis is not None:
+                bounds = block_bounds(as_numpy(view), axis, self.spec.bounds_block)
+                kept.append(bounds)
+                values[f"bounds{i}"] = bounds.ctypes.data
+                for a in range(view.ndim):
+                    values[f"bounds{i}_stride{a}"] = bounds.strides[a]
+        sums = acc_keys * self.size * sum(padded(d, self.lanes) for d in (self.problem.head_dim, self.problem.head_dim_v))
+        with pool.lease(min(threads, num_tasks)) as team:
+            scratch = team.scratch(self.code.scratch_bytes + sums)
+            places = (ctypes.c_int64 * len(scratch))(*scratch)
+            values["scratch"] = ctypes.addressof(places)
+            block = self.block.fill(values)
+            counter = (ctypes.c_int64 * _COUNTER_WORDS)()
+            block[self.block.index["counter"]] = ctypes.addressof(counter) + 8 * _COUNTER_WORDS // 2
+            team.run(self.code.address, ctypes.addressof(block))
+
+
+def _inner(view: View) -> int:
+    return view.strides[-1]
+
+
+def _signed(word: int) -> int:
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _dense_sequences(problem: Problem) -> NDArray[np.int64]:
+    """(batch, 4): q_start, q_len, k_start, k_len."""
+    table = np.zeros((problem.batch, 4), np.int64)
+    table[:, 1], table[:, 3] = problem.seqlen_q, problem.seqlen_k
+    return table
+
+
+def _packed_sequences(problem: Problem, operands: Operands) -> NDArray[np.int64]:
+    assert operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None
+    table = np.empty((problem.batch, 4), np.int64)
+    for column, view in ((0, operands.cu_seqlens_q), (2, operands.cu_seqlens_k)):
+        cumulative = as_numpy(view)
+        table[:, column], table[:, column + 1] = cumulative[:-1], np.diff(cumulative)
+    if operands.seqused_k is not None:
+        table[:, 3] = as_numpy(operands.seqused_k)
+    return table
+
+
+def block_bounds(table: NDArray[np.generic], axis: int, block: int) -> NDArray[np.int64]:
+    """Smallest and largest element of every `block` along `axis`: that axis shortened, and a last axis of 2."""
+    values = table.astype(np.int64)
+    starts = np.arange(0, max(values.shape[axis], 1), block)
+    if values.shape[axis] == 0:
+        return np.zeros((*values.shape[:axis], 1, *values.shape[axis + 1 :], 2), np.int64)
+    low = np.minimum.reduceat(values, starts, axis=axis)
+    return np.ascontiguousarray(np.stack([low, np.maximum.reduceat(values, starts, axis=axis)], axis=-1))
+
+
+def addresses(views: Iterable[tuple[str, View]]) -> dict[str, int]:
+    result: dict[str, int] = {}
+    for name, view in views:
+        assert view.ptr is not None
+        result[name] = view.ptr
+    return result

@@ -1,0 +1,217 @@
+"""Tile sizes, and how a backward is cut into tasks.
+
+    lanes = vector_bytes / itemsize        16 float on AVX-512, 8 on AVX2, 4 on NEON
+    block_q = query_vectors * lanes        3 vectors: with 8 keys in registers they fill 32 registers (24 accumulators)
+    block_k = 64                           S and P of a tile then stay in the first-level cache
+
+Short calls take fewer vectors, so that a decode step does not compute for absent queries. block_k must not depend on
+anything but the Spec: it decides in which groups a row's keys are rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from anyflash.kernels.llvm.spec import TASK_WORDS, Part, Spec, TableCode
+from anyflash.kernels.llvm.target import Target, get_target
+from anyflash.semantics.expr import Expr, walk
+from anyflash.semantics.problem import Problem
+from anyflash.semantics.text import parse
+
+BLOCK_K = 64
+_EVERYTHING = 1 << 40
+# A task of `backward_dkv` sums dK and dV of this many keys: at head_dim 128 in float32 they fill half of a 1 MiB cache.
+KEYS_A_TASK = 512
+
+
+def lanes(target: Target, dtype: str) -> int:
+    return target.vector_bytes // (8 if dtype == "float64" else 4)
+
+
+def tile(target: Target) -> tuple[int, int]:
+    """Rows and vectors of accumulators that leave registers for the operands."""
+    return (8, 3) if target.num_registers >= 32 else (4, 3)
+
+
+def block_q(problem: Problem, target_name: str) -> int:
+    """Queries a block."""
+    target = get_target(target_name)
+    return query_vectors(target, problem) * lanes(target, problem.dtype)
+
+
+def query_vectors(target: Target, problem: Problem) -> int:
+    width = lanes(target, problem.dtype)
+    needed = -(-problem.seqlen_q // width)
+    # Narrow vectors need more of them for a key block to be read often enough.
+    most = 3 if width >= 8 else 6
+    return max(1, min(most, needed))
+
+
+def bounds_block(target: Target) -> int:
+    """Granularity of the bounds of table blocks: at least a tile in either direction, so that it meets two at most."""
+    return BLOCK_K
+
+
+def table_codes(problem: Problem, gradients: bool) -> tuple[TableCode, ...]:
+    """How each table appears in code. Bounds help only where a mask reads the table."""
+    mask = parse(problem.program.mask) if problem.program.mask else None
+    axes = _bounded_axes(mask)
+    return tuple(
+        TableCode(
+            t.dtype, len(t.shape), gradients and t.needs_grad, axes.get(i) if _bounds_possible(t.dtype) else None
+        )
+        for i, t in enumerate(problem.tables)
+    )
+
+
+def _bounds_possible(dtype: str) -> bool:
+    return dtype == "bool" or dtype.startswith(("int", "uint"))
+
+
+def _bounded_axes(mask: Expr | None) -> dict[int, int]:
+    """For each table of a mask that is read along exactly one axis by queries or keys: that axis."""
+    found: dict[int, set[int]] = {}
+
+    def visit(e: Expr) -> None:
+        if e.op == "load":
+            along = {a for a, index in enumerate(e.args) if variables(index) & {"row", "q", "k"}}
+            found[e.value] = found.get(e.value, set()) | (along if len(along) == 1 else {-1, -2})
+
+    if mask is not None:
+        walk(mask, visit)
+    return {slot: next(iter(along)) for slot, along in found.items() if len(along) == 1}
+
+
+def variables(expr: Expr) -> set[str]:
+    names: set[str] = set()
+    walk(expr, lambda e: names.add(e.value) if e.op == "var" else None)
+    return names
+
+
+def make_spec(problem: Problem, part: Part, target: Target, dense: frozenset[str], dlse: bool) -> Spec:
+    program = problem.program
+    return Spec(
+        part=part,
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        score=program.score,
+        mask=program.mask,
+        tables=table_codes(problem, gradients=part in ("backward", "backward_dq")),
+        dropout=program.dropout_p > 0.0,
+        sinks=program.sinks,
+        dlse=dlse,
+        dense=dense,
+        query_vectors=query_vectors(target, problem),
+        block_k=BLOCK_K,
+        tile=tile(target),
+        bounds_block=bounds_block(target),
+    )
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One launch of a backward: its part, its tasks (n, len(TASK_WORDS)), and the keys that a task's sums must hold."""
+
+    part: Part
+    tasks: np.ndarray
+    acc_keys: int
+
+
+@dataclass(frozen=True)
+class TableSums:
+    """How the gradients of tables are added up, whatever the number of threads.
+
+    batch, heads    tasks are cut along batch entries and key heads
+    blocks          tasks may be cut along query blocks
+    own             the tables of which each (batch entry, key head) has sums of its own, added up afterwards
+    count           how many such sums there are
+    """
+
+    batch: bool
+    heads: bool
+    blocks: bool
+    own: frozenset[int]
+    count: int
+
+
+def table_sums(problem: Problem) -> TableSums:
+    """Tasks that add to the same element of a table's gradient either keep sums of their own, where the table is small
+    beside q, k and v, or are joined into one task that adds in order."""
+    program = problem.program
+    slots = [i for i, t in enumerate(problem.tables) if t.needs_grad]
+    axes = _separating_axes(parse(program.score)) if program.score and slots else {}
+    budget = problem.batch * (
+        problem.heads_q * problem.seqlen_q * problem.head_dim
+        + problem.heads_kv * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    )
+    batch = heads = blocks = True
+    own: set[int] = set()
+    for slot in slots:
+        apart = axes.get(slot, {"batch", "head", "row"})
+        blocks = blocks and "row" in apart
+        if {"batch", "head"} <= apart:
+            continue
+        size = int(np.prod(problem.tables[slot].shape, dtype=np.int64))
+        if size * problem.batch * problem.heads_kv <= max(budget, 1 << 16):
+            own.add(slot)
+        else:
+            batch = batch and "batch" in apart
+            heads = heads and "head" in apart
+    count = (problem.batch if batch else 1) * (problem.heads_kv if heads else 1)
+    return TableSums(batch, heads, blocks, frozenset(own) if count > 1 else frozenset(), count)
+
+
+def backward_walks(problem: Problem, block_q: int, threads: int) -> tuple[Walk, ...]:
+    """All five products in one walk where that gives the threads enough to do; else two walks of seven products."""
+    sums = table_sums(problem)
+    keys = -(-max(problem.seqlen_k, 1) // BLOCK_K) * BLOCK_K
+    num_blocks = -(-problem.seqlen_q // block_q)
+    # An uneven last round leaves threads idle; two rounds or an even one are taken as good enough.
+    enough = sums.count >= 2 * threads or sums.count % threads == 0
+    if threads == 1 or enough or not sums.blocks or num_blocks == 1:
+        return (Walk("backward", _query_tasks(problem, sums, 1), keys),)
+    step = min(KEYS_A_TASK, keys)
+    dq = Walk("backward_dq", _query_tasks(problem, sums, num_blocks), 0)
+    return dq, Walk("backward_dkv", _key_tasks(problem, step), step)
+
+
+def _query_tasks(problem: Problem, sums: TableSums, num_blocks: int) -> np.ndarray:
+    """Tasks over all keys; of each (batch entry, key head), the last query blocks first: causal, they are longest."""
+    batches = [(i, i + 1) for i in range(problem.batch)] if sums.batch else [(0, problem.batch)]
+    heads = [(i, i + 1) for i in range(problem.heads_kv)] if sums.heads else [(0, problem.heads_kv)]
+    blocks = [(i, i + 1) for i in reversed(range(num_blocks))] if num_blocks > 1 else [(0, _EVERYTHING)]
+    tasks = [
+        (*batch, *head, *block, 0, _EVERYTHING, i * len(heads) + j)
+        for i, batch in enumerate(batches)
+        for j, head in enumerate(heads)
+        for block in blocks
+    ]
+    return np.array(tasks, np.int64).reshape(-1, len(TASK_WORDS))
+
+
+def _key_tasks(problem: Problem, step: int) -> np.ndarray:
+    """Tasks over all queries, each for `step` keys."""
+    tasks = [
+        (batch, batch + 1, head, head + 1, 0, _EVERYTHING, first, first + step, 0)
+        for batch in range(problem.batch)
+        for head in range(problem.heads_kv)
+        for first in range(0, problem.seqlen_k, step)
+    ]
+    return np.array(tasks, np.int64).reshape(-1, len(TASK_WORDS))
+
+
+def _separating_axes(score: Expr) -> dict[int, set[str]]:
+    """For each table of a score: the variables that are an index by themselves in every load of it. Pairs that differ
+    in such a variable never meet in an element."""
+    found: dict[int, set[str]] = {}
+
+    def visit(e: Expr) -> None:
+        if e.op == "load" and e.kind == "float":
+            alone = {index.value for index in e.args if index.op == "var"}
+            found[e.value] = found[e.value] & alone if e.value in found else alone
+
+    walk(score, visit)
+    return found
