@@ -137,7 +137,8 @@ class CpuBackend:
 
     @staticmethod
     def _zero_unused_keys(problem: Problem, operands: Operands, grads: Gradients) -> None:
-        """Packed tokens that belong to no sequence, or lie past seqused_k, have no task that would write them."""
+        """Packed tokens that belong to no sequence, or lie past seqused_k, have no task that would write
+        them."""
         if problem.addressing == "varlen":
             for view in (grads.dq, grads.dk, grads.dv):
                 as_numpy(view)[...] = 0

@@ -9,13 +9,14 @@
     table  += dS' * dprogram/dload               at the load's index
     dsink   = -sum_i P_sink delta
 
-One task walks a range of query blocks against a range of keys, for a range of batch entries and key heads, its
-sums in order: query heads of the group, then query blocks, then keys. `backward` does all five products in one
-walk; where there are too few heads for the threads, `backward_dq` (ranges of queries) and `backward_dkv` (ranges
-of keys) share the work at the price of two products more. Each gradient is added up in the same order either
-way, so a result depends neither on the ranges nor on the threads.
+One task walks a range of query blocks against a range of keys, for a range of batch entries and key heads,
+its sums in order: query heads of the group, then query blocks, then keys. `backward` does all five products
+in one walk; where there are too few heads for the threads, `backward_dq` (ranges of queries) and
+`backward_dkv` (ranges of keys) share the work at the price of two products more. Each gradient is added up in
+the same order either way, so a result depends neither on the ranges nor on the threads.
 
-Scratch of a thread: Q and dO as rows and as columns, S, dP, dQ^T, packed K and V, and the sums dK and dV of the range.
+Scratch of a thread: Q and dO as rows and as columns, S, dP, dQ^T, packed K and V, and the sums dK and dV of
+the range.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from anyflash.kernels.llvm.scatter import Scatter
 from anyflash.kernels.llvm.spec import TASK_WORDS, Spec
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.derivative import derivative
+
 
 def emit_backward(spec: Spec, target: Target) -> tuple[str, int]:
     """The function's IR and the bytes of scratch a thread needs beside the sums of dK and dV."""
@@ -105,8 +107,6 @@ class _Backward(Frame):
         if self.want_dkv:
             self.finish_keys(seq, kv_head, task["key_begin"], keys)
 
-    # -- a block of queries --------------------------------------------------------------------------------------
-
     def begin(self, seq: Sequence, head: Value, row: Value, rows: Value, block: Value) -> None:
         b, spec = self.b, self.spec
         token = seq.q_start + row
@@ -133,9 +133,7 @@ class _Backward(Frame):
         """m, log2 l and delta of every row; past the end, a row whose probabilities are all 0."""
         b = self.b
         source = self.rows("out", seq.batch, token, head)
-        layout.pack_rows(
-            b, source, self.spare, self.width_v, rows, self.block_q, self.element, self.lanes
-        )
+        layout.pack_rows(b, source, self.spare, self.width_v, rows, self.block_q, self.element, self.lanes)
         for place, value in ((self.m, 0.0), (self.log2_l, math.inf), (self.delta, 0.0)):
             with b.loop(0, self.row, self.step) as offset:
                 b.store(b.const(value, self.vector), b.at(place, offset), self.size)
@@ -162,7 +160,9 @@ class _Backward(Frame):
     def sink_gradient(self, seq: Sequence, head: Value, block: Value) -> None:
         """One partial sum a query block; the caller adds them up in order."""
         b = self.b
-        sink = b.load(self.element, b.at(self.pointer("sinks"), head * self.word("sinks_stride"))) * vmath.LOG2_E
+        sink = (
+            b.load(self.element, b.at(self.pointer("sinks"), head * self.word("sinks_stride"))) * vmath.LOG2_E
+        )
         total = b.const(0.0, self.vector)
         for v in self.vectors:
             p = self.exp2(sink - self.per_row(self.m, v) - self.per_row(self.log2_l, v))
@@ -174,8 +174,8 @@ class _Backward(Frame):
     def finish_queries(self, seq: Sequence, head: Value, row: Value, rows: Value) -> None:
         b = self.b
         layout.transpose(
-            b, self.dq_t, self.row, self.spare, self.width, self.dim // self.lanes, self.block_q, self.element,
-            self.lanes,
+            b, self.dq_t, self.row, self.spare, self.width, self.dim // self.lanes, self.block_q,
+            self.element, self.lanes,
         )  # fmt: skip
         target = self.rows("dq", seq.batch, seq.q_start + row, head)
         layout.unpack_rows(
@@ -191,8 +191,6 @@ class _Backward(Frame):
         ):
             target = self.rows(name, seq.batch, seq.k_start + first, kv_head)
             layout.unpack_rows(self.b, sums, width, target, keys, self.element, self.lanes, scale)
-
-    # -- a tile --------------------------------------------------------------------------------------------------
 
     def tile(
         self, seq: Sequence, head: Value, kv_head: Value, row: Value, rows: Value, key: Value, keys: Value,
@@ -305,8 +303,8 @@ class _Backward(Frame):
 
         self.with_guard(
             lambda: product(
-                b, self.dot, a, y, whole, vectors, self.block_q, tile=(self.spec.tile[0], columns), start=start,
-                finish=finish,
+                b, self.dot, a, y, whole, vectors, self.block_q, tile=(self.spec.tile[0], columns),
+                start=start, finish=finish,
             ),
             lambda: guarded_product(
                 b, self.dot, a, y, whole, vectors, self.block_q, probability="a", start=start, finish=finish
@@ -338,4 +336,3 @@ class _Backward(Frame):
             lambda: self.not_finite(k_rows, whole * self.width),
             partial,
         )  # fmt: skip
-

@@ -1,17 +1,34 @@
 """Score and mask expressions as vector code.
 
-Each node becomes one `Value`: a scalar where it is the same for all lanes (a vector of queries stands against one key),
-a vector otherwise. Integers are 32 bit in the lanes; `backends` declines a problem whose integers could need more.
+Each node becomes one `Value`: a scalar where it is the same for all lanes (a vector of queries stands against
+one key), a vector otherwise. Integers are 32 bit in the lanes; `backends` declines a problem whose integers
+could need more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from anyflash.kernels.llvm import vmath
-from anyflash.kernels.llvm.ir import BFLOAT, DOUBLE, FLOAT, HALF, I1, I8, I16, I32, I64, PTR, Builder, Value
-from anyflash.kernels.llvm.ir import element_of, lanes_of, mangle, vec
+from anyflash.kernels.llvm.ir import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    PTR,
+    Builder,
+    Value,
+    element_of,
+    lanes_of,
+    mangle,
+    vec,
+)
 from anyflash.semantics.expr import Expr
 
 MEMORY = {
@@ -155,7 +172,7 @@ class Emitter:
     def _max(self, x: Value, y: Value) -> Value:
         return self._extreme(self.b.max, x, y)
 
-    def _extreme(self, choose, x: Value, y: Value) -> Value:  # type: ignore[no-untyped-def]
+    def _extreme(self, choose: Callable[[Value, Value], Value], x: Value, y: Value) -> Value:
         chosen = choose(x, y)  # y where either is NaN
         if not x.floating:
             return chosen

@@ -1,18 +1,19 @@
 """Attention forward.
 
-    S[j, i] = scale * K[j, :] . Q[i, :]          tile of block_k keys by block_q queries, queries along the lanes
+    S[j, i] = scale * K[j, :] . Q[i, :]          a tile, queries along the lanes
     S       = mask ? program(S) : -inf           in units of log2, so that exp is exp2
     m'      = max(m, max_j S);  a = 2**(m - m')
     P       = 2**(S - m');  l = a l + sum_j P
     O[d, i] = a O[d, i] + sum_j V[j, d] P[j, i]
     out     = (O / l)^T;  lse = ln 2 * m + ln l
 
-Layout, in each thread's scratch: Q^T [D, block_q], S [block_k, block_q], O^T [Dv, block_q], and rows of K and V where
-the user's cannot be read as they lie. K and V are read by broadcast, so nothing is shuffled in the inner loops and
-there is no horizontal step: each lane is one query from start to end.
+Layout, in each thread's scratch: Q^T [D, block_q], S [block_k, block_q], O^T [Dv, block_q], and rows of K and
+V where the user's cannot be read as they lie. K and V are read by broadcast, so nothing is shuffled in the
+inner loops and there is no horizontal step: each lane is one query from start to end.
 
-Registers: see gemm. Keys are walked in blocks of block_k from first to last, and each query's arithmetic does not
-depend on its block, so `query_vectors` and `tile` may change speed, never a bit; `block_k` changes rounding.
+Registers: see gemm. Keys are walked in blocks of block_k from first to last, and each query's arithmetic does
+not depend on its block, so `query_vectors` and `tile` may change speed, never a bit; `block_k` changes
+rounding.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class _Forward(Frame):
         source = self.rows("q", seq.batch, seq.q_start + row, head)
         layout.pack_rows(b, source, self.q_rows, width, rows, self.block_q, self.element, self.lanes, scale)
         layout.transpose(
-            b, self.q_rows, width, self.q_t, self.row, self.spec.query_vectors, self.spec.head_dim, self.element,
-            self.lanes,
+            b, self.q_rows, width, self.q_t, self.row, self.spec.query_vectors, self.spec.head_dim,
+            self.element, self.lanes,
         )  # fmt: skip
         layout.zero(b, self.o_t, self.dim_v * self.row, self.element, self.lanes)
         m: Value = b.const(-math.inf, self.element)
@@ -93,7 +94,9 @@ class _Forward(Frame):
         if self.spec.sinks:
             sink = b.load(self.element, b.at(self.pointer("sinks"), head * self.word("sinks_stride")))
             m = sink * vmath.LOG2_E
-            l = b.select(b.compare("eq", sink, -math.inf), b.const(0.0, self.element), b.const(1.0, self.element))
+            l = b.select(
+                b.compare("eq", sink, -math.inf), b.const(0.0, self.element), b.const(1.0, self.element)
+            )
         for v in self.vectors:
             self.m[v].set(m)
             self.l[v].set(l)
@@ -115,8 +118,8 @@ class _Forward(Frame):
             b.store(s, self.score_at(j, vector), self.size)
 
         product(
-            b, self.dot, Matrix(k, self.dim * self.size, self.size), Matrix(self.q_t, self.row, self.step), whole,
-            self.spec.query_vectors, self.spec.head_dim, tile=self.spec.tile,
+            b, self.dot, Matrix(k, self.dim * self.size, self.size), Matrix(self.q_t, self.row, self.step),
+            whole, self.spec.query_vectors, self.spec.head_dim, tile=self.spec.tile,
             start=lambda j, v: b.const(0.0, self.vector), finish=store_score,
         )  # fmt: skip
         if self.plain:
@@ -136,7 +139,9 @@ class _Forward(Frame):
     def score_at(self, j: Scalar, vector: int) -> Value:
         return self.b.at(self.b.at(self.s, j * self.row), vector * self.step)
 
-    def programs(self, seq: Sequence, head: Value, row: Value, key: Value, whole: Value, masked: bool) -> None:
+    def programs(
+        self, seq: Sequence, head: Value, row: Value, key: Value, whole: Value, masked: bool
+    ) -> None:
         """The score program and the mask over the tile, and each query's maximum."""
         b = self.b
         fixed = [self.variables(seq, head, row, v) for v in self.vectors]
@@ -251,4 +256,3 @@ class _Forward(Frame):
             ):
                 value = b.load(self.element, b.at(b.at(self.per_row, i * self.row), r * self.size), self.size)
                 b.store(value, place)
-

@@ -1,8 +1,8 @@
 """What forward and backward share: arguments, scratch, sequences, tables, and one tile's scores.
 
-Vocabulary of every kernel here: a *query block* is `block_q` queries, one SIMD lane each; a *tile* is a query block
-against `block_k` keys. Scratch matrices are transposed, keys or head_dim outside and queries along the lanes:
-S[key, query], O[dim, query].
+Vocabulary of every kernel here: a *query block* is `block_q` queries, one SIMD lane each; a *tile* is a query
+block against `block_k` keys. Scratch matrices are transposed, keys or head_dim outside and queries along the
+lanes: S[key, query], O[dim, query].
 """
 
 from __future__ import annotations
@@ -63,8 +63,6 @@ class Frame:
         self._scratch = b.cast("inttoptr", own, PTR)
         self.tables = tuple(self._table(i) for i in range(len(spec.tables)))
 
-    # -- arguments -----------------------------------------------------------------------------------------------
-
     def word(self, name: str) -> Value:
         return self._word[name]
 
@@ -114,12 +112,11 @@ class Frame:
         offset = batch * self.word(f"{array}_batch") + head * self.word(f"{array}_head")
         return self.b.at(self.pointer(array), offset + token * self.word(f"{array}_token"))
 
-    # -- blocks of keys ------------------------------------------------------------------------------------------
-
     def block_of_rows(
         self, array: str, seq: Sequence, head: Value, first: Value, valid: Value, whole: Value, spare: Value
     ) -> Value:
-        """Rows `first` .. of k or v as scratch rows: in place where they already look so, else packed into `spare`.
+        """Rows `first` .. of k or v as scratch rows: in place where they already look so, else packed into
+        `spare`.
 
         `whole` rows are readable afterwards, those from `valid` on being zero.
         """
@@ -141,9 +138,9 @@ class Frame:
             place.set(spare)
         return place.get()
 
-    # -- scores --------------------------------------------------------------------------------------------------
-
-    def tile_class(self, seq: Sequence, head: Value, row: Value, rows: Value, key: Value, keys: Value) -> Interval[Value]:
+    def tile_class(
+        self, seq: Sequence, head: Value, row: Value, rows: Value, key: Value, keys: Value
+    ) -> Interval[Value]:
         """(every pair of the tile is allowed, some pair may be) for `rows` x `keys` valid pairs."""
         b = self.b
         if self.mask is None:
@@ -161,7 +158,8 @@ class Frame:
         return bound(self.mask, env, Instructions(b), self._load_bounds)
 
     def _load_bounds(self, node: Expr, index: tuple[Interval[Value], ...]) -> Interval[Value] | None:
-        """Bounds of a table over at most two of its blocks along the bounded axis, at points of the others."""
+        """Bounds of a table over at most two of its blocks along the bounded axis, at points of the
+        others."""
         b, slot = self.b, node.value
         axis = self.spec.tables[slot].bounded_axis
         if axis is None:
@@ -177,7 +175,8 @@ class Frame:
                 known = known & b.compare("eq", low, high)
                 offset = offset + low * self.word(f"bounds{slot}_stride{a}")
         low, high = (
-            b.max(b.const(0, I64), b.min(access.extents[axis] - 1, x)) / self.spec.bounds_block for x in index[axis]
+            b.max(b.const(0, I64), b.min(access.extents[axis] - 1, x)) / self.spec.bounds_block
+            for x in index[axis]
         )
         known = known & b.compare("le", high - low, 1)
         stride = self.word(f"bounds{slot}_stride{axis}")
@@ -241,7 +240,11 @@ class Frame:
         return philox.words(b, group, rows, head, batch, seed)
 
     def with_guard(
-        self, fast: Callable[[], None], guarded: Callable[[], None], suspect: Callable[[], Value], partial: Value
+        self,
+        fast: Callable[[], None],
+        guarded: Callable[[], None],
+        suspect: Callable[[], Value],
+        partial: Value,
     ) -> None:
         """The fast product, unless a mask meets values that are not finite: 0 * NaN must not be added.
 

@@ -3,12 +3,12 @@
     C[m, n] = start[m, n] + sum_k A[m, k] * B[k, n]        n along the vector lanes
 
 A is read one word at a time and broadcast, so its strides are free and nothing of it is packed. B is read in
-vectors of consecutive words. A word is one number of the accumulator's type (`FMA`), or two neighbouring bfloat16 of
-the contracted axis (`BF16_PAIR`, one dot-product instruction with float sums).
+vectors of consecutive words. A word is one number of the accumulator's type (`FMA`), or two neighbouring
+bfloat16 of the contracted axis (`BF16_PAIR`, one dot-product instruction with float sums).
 
-Register budget: rows x columns accumulators, `columns` vectors of B, one broadcast of A; (8, 3) fills 28 of 32
-registers, (4, 3) 16 of 16. The contracted axis is walked in order whatever the tile, so a result does not depend
-on the tile: a configuration may change speed, never a bit.
+Register budget: rows x columns accumulators, `columns` vectors of B, one broadcast of A; (8, 3) fills 28 of
+32 registers, (4, 3) 16 of 16. The contracted axis is walked in order whatever the tile, so a result does not
+depend on the tile: a configuration may change speed, never a bit.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Matrix:
     column_stride: Scalar
 
     def at(self, b: Builder, row: Scalar, column: Scalar) -> Value:
-        return b.at(b.at(self.pointer, _times(b, row, self.row_stride)), _times(b, column, self.column_stride))
+        return b.at(
+            b.at(self.pointer, _times(b, row, self.row_stride)), _times(b, column, self.column_stride)
+        )
 
 
 def _times(b: Builder, a: Scalar, c: Scalar) -> Scalar:
@@ -190,8 +192,8 @@ def guarded_product(
 ) -> None:
     """The same product where the other operand may hold NaN or inf under a probability of zero.
 
-    `probability` names the operand, "a" or "y", whose zeros remove a term whatever it would be multiplied with. Slow
-    and small: it runs only for tiles in which a mask meets values that are not finite.
+    `probability` names the operand, "a" or "y", whose zeros remove a term whatever it would be multiplied
+    with. Slow and small: it runs only for tiles in which a mask meets values that are not finite.
     """
     for v in range(vectors):
         with b.loop(0, rows) as row:
@@ -207,7 +209,8 @@ def _guarded(b: Builder, dot: Dot, a: Value, y: Value, guard_a: bool, acc: Value
     if dot.kind == "fma":
         term = dot.multiply_add(b, a, y, acc)
         return b.select(b.compare("eq", a if guard_a else y, 0.0), acc, term)
-    # Each half of a pair has a probability of its own: clear the partner's half where that is zero (of either sign).
+    # Each half of a pair has a probability of its own: clear the partner's half where that is zero (of either
+    # sign).
     guard, other = (a, y) if guard_a else (y, a)
     for half in (0xFFFF, 0xFFFF0000 - (1 << 32)):
         magnitude = guard & (half & 0x7FFF7FFF)

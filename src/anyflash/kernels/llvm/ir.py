@@ -1,9 +1,9 @@
 """A small typed builder for textual LLVM IR.
 
-`Value`s carry their type and know their builder, so kernels read as arithmetic: `s * scale + bias`. Python numbers
-become constants of the other operand's type, and a scalar meeting a vector is broadcast. Loop-carried state lives in
-`Var`s (an alloca each); LLVM's mem2reg turns them into registers. Integers are signed; all memory offsets are in
-bytes and 64 bit.
+`Value`s carry their type and know their builder, so kernels read as arithmetic: `s * scale + bias`. Python
+numbers become constants of the other operand's type, and a scalar meeting a vector is broadcast. Loop-carried
+state lives in `Var`s (an alloca each); LLVM's mem2reg turns them into registers. Integers are signed; all
+memory offsets are in bytes and 64 bit.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ class Var:
 class Builder:
     """Text of one function, `void name(ptr %args, i64 %thread)` unless said otherwise."""
 
-    def __init__(self, name: str, parameters: Sequence[tuple[str, str]] = ((PTR, "args"), (I64, "thread"))) -> None:
+    def __init__(
+        self, name: str, parameters: Sequence[tuple[str, str]] = ((PTR, "args"), (I64, "thread"))
+    ) -> None:
         self.name = name
         self.parameters = {n: Value(self, f"%{n}", t) for t, n in parameters}
         self.lines: list[str] = []
@@ -139,9 +141,10 @@ class Builder:
         """The function and the declarations it needs."""
         parameters = ", ".join(f"{v.type} {v.name}" for v in self.parameters.values())
         body = "\n".join(["entry:", *self.allocas, *self.lines, "  ret void"])
-        return "\n".join(sorted(self.declarations)) + f"\ndefine void @{self.name}({parameters}) {{\n{body}\n}}\n"
-
-    # -- text ----------------------------------------------------------------------------------------------------
+        return (
+            "\n".join(sorted(self.declarations))
+            + f"\ndefine void @{self.name}({parameters}) {{\n{body}\n}}\n"
+        )
 
     def emit(self, line: str) -> None:
         self.lines.append("  " + line)
@@ -168,13 +171,13 @@ class Builder:
             return Value(self, "void", "void")
         return self.value(f"call {type_} @{function}({passed})", type_)
 
-    # -- constants and conversions -------------------------------------------------------------------------------
-
     def const(self, value: float | int | bool, type_: str) -> Value:
         element = element_of(type_)
         if element in FLOATING:
             if element == FLOAT:
-                value = struct.unpack("<f", struct.pack("<f", value))[0] if abs(value) < 3.5e38 else float(value)
+                value = (
+                    struct.unpack("<f", struct.pack("<f", value))[0] if abs(value) < 3.5e38 else float(value)
+                )
             text = f"0x{struct.unpack('<Q', struct.pack('<d', float(value)))[0]:016X}"
         elif element == I1:
             text = "true" if value else "false"
@@ -215,7 +218,9 @@ class Builder:
 
     def cast(self, op: str, value: Value, element: str) -> Value:
         type_ = vec(element, lanes_of(value.type))
-        return value if type_ == value.type else self.value(f"{op} {value.type} {value.name} to {type_}", type_)
+        return (
+            value if type_ == value.type else self.value(f"{op} {value.type} {value.name} to {type_}", type_)
+        )
 
     def bitcast(self, value: Value, type_: str) -> Value:
         return self.value(f"bitcast {value.type} {value.name} to {type_}", type_)
@@ -234,8 +239,6 @@ class Builder:
         if have == I1:
             return self.cast("zext", value, element)
         return self.cast("sext" if BYTES[have] < BYTES[element] else "trunc", value, element)
-
-    # -- arithmetic ----------------------------------------------------------------------------------------------
 
     def binary(self, op: str, a: Scalar, b: Scalar) -> Value:
         a, b = self._match(a, b)
@@ -324,8 +327,6 @@ class Builder:
             return self.const(0, element)
         return Value(self, "<" + ", ".join(f"{element} {i}" for i in range(lanes)) + ">", vec(element, lanes))
 
-    # -- memory --------------------------------------------------------------------------------------------------
-
     def at(self, pointer: Value, offset: Scalar) -> Value:
         """`pointer` moved by `offset` bytes."""
         if not isinstance(offset, Value) and offset == 0:
@@ -350,8 +351,6 @@ class Builder:
     def atomic_increment(self, pointer: Value) -> Value:
         """The counter's value before it is raised by one."""
         return self.value(f"atomicrmw add ptr {pointer.name}, i64 1 monotonic", I64)
-
-    # -- control flow --------------------------------------------------------------------------------------------
 
     def jump(self, label: str) -> None:
         self.emit(f"br label %{label}")

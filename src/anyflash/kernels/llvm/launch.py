@@ -18,6 +18,7 @@ from anyflash.kernels.llvm import engine, pool, schedule
 from anyflash.kernels.llvm.backward import emit_backward
 from anyflash.kernels.llvm.forward import emit_forward
 from anyflash.kernels.llvm.layout import padded
+from anyflash.kernels.llvm.limits import check_table
 from anyflash.kernels.llvm.spec import ARRAYS, ArgumentBlock, Part, Spec
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.arrays import as_numpy
@@ -64,7 +65,9 @@ class Launch:
         gradient_strides: Mapping[int, tuple[int, ...]],
     ) -> None:
         self.problem, self.part, self.target = problem, part, target
-        dense = frozenset(n for n in ARRAYS[part] if arrays[n].shape[-1] <= 1 or _inner(arrays[n]) == arrays[n].itemsize)
+        dense = frozenset(
+            n for n in ARRAYS[part] if arrays[n].shape[-1] <= 1 or _inner(arrays[n]) == arrays[n].itemsize
+        )
         self.spec = schedule.make_spec(problem, part, target, dense, "dlse" in rows)
         self.code = compiled(self.spec, target)
         self.lanes = schedule.lanes(target, problem.dtype)
@@ -112,8 +115,11 @@ class Launch:
                 values[f"grad{i}_stride{a}"] = stride
         return values
 
-    def run(self, operands: Operands, addresses: dict[str, int], num_tasks: int, threads: int, acc_keys: int) -> None:
-        """Run over `num_tasks` tasks. `addresses` holds every array's; tables, sinks, seed are taken from `operands`."""
+    def run(
+        self, operands: Operands, addresses: dict[str, int], num_tasks: int, threads: int, acc_keys: int
+    ) -> None:
+        """Run over `num_tasks` tasks. `addresses` holds every array's; tables, sinks, seed are taken from
+        `operands`."""
         if not num_tasks:
             return
         kept: list[object] = []
@@ -134,13 +140,19 @@ class Launch:
             assert view.ptr is not None
             values[f"table{i}"] = view.ptr
             axis = self.spec.tables[i].bounded_axis
+            values_of = as_numpy(view)
+            check_table(values_of, i)
             if axis is not None:
-                bounds = block_bounds(as_numpy(view), axis, self.spec.bounds_block)
+                bounds = block_bounds(values_of, axis, self.spec.bounds_block)
                 kept.append(bounds)
                 values[f"bounds{i}"] = bounds.ctypes.data
                 for a in range(view.ndim):
                     values[f"bounds{i}_stride{a}"] = bounds.strides[a]
-        sums = acc_keys * self.size * sum(padded(d, self.lanes) for d in (self.problem.head_dim, self.problem.head_dim_v))
+        sums = (
+            acc_keys
+            * self.size
+            * sum(padded(d, self.lanes) for d in (self.problem.head_dim, self.problem.head_dim_v))
+        )
         with pool.lease(min(threads, num_tasks)) as team:
             scratch = team.scratch(self.code.scratch_bytes + sums)
             places = (ctypes.c_int64 * len(scratch))(*scratch)
@@ -179,7 +191,8 @@ def _packed_sequences(problem: Problem, operands: Operands) -> NDArray[np.int64]
 
 
 def block_bounds(table: NDArray[np.generic], axis: int, block: int) -> NDArray[np.int64]:
-    """Smallest and largest element of every `block` along `axis`: that axis shortened, and a last axis of 2."""
+    """Smallest and largest element of every `block` along `axis`: that axis shortened, and a last axis of
+    2."""
     values = table.astype(np.int64)
     starts = np.arange(0, max(values.shape[axis], 1), block)
     if values.shape[axis] == 0:

@@ -1,7 +1,7 @@
 """Moving rows between the user's memory and aligned scratch.
 
-Scratch rows hold the accumulator's type, one row every `stride` bytes, padded with zeros to whole vectors, so that the
-products read full aligned vectors whatever the user's strides, dtype, alignment or head_dim are.
+Scratch rows hold the accumulator's type, one row every `stride` bytes, padded with zeros to whole vectors, so
+that the products read full aligned vectors whatever the user's strides, dtype, alignment or head_dim are.
 
     pack_rows        user rows -> scratch rows     converted, scaled, rows past the end zero
     transpose        scratch rows -> scratch columns (head_dim, queries)
@@ -81,7 +81,8 @@ def pack_rows(
     lanes: int,
     scale: Value | None = None,
 ) -> None:
-    """target[r] = scale * source[r] for r < valid, else 0, for `rows` rows of `stride` bytes each. `scale` is a scalar."""
+    """target[r] = scale * source[r] for r < valid, else 0, for `rows` rows of `stride` bytes each. `scale` is
+    a scalar."""
     user = ELEMENT[source.dtype]
     whole, rest = divmod(source.columns, lanes)
 
@@ -129,7 +130,9 @@ def store_first(b: Builder, value: Value, pointer: Value, count: int) -> None:
     mask = ", ".join(f"i1 {'true' if i < count else 'false'}" for i in range(lanes))
     name = f"llvm.masked.store.{mangle(value.type)}.p0"
     b.declarations.add(f"declare void @{name}({value.type}, ptr, <{lanes} x i1>)")
-    b.emit(f"call void @{name}({value.type} {value.name}, ptr align 1 {pointer.name}, <{lanes} x i1> <{mask}>)")
+    b.emit(
+        f"call void @{name}({value.type} {value.name}, ptr align 1 {pointer.name}, <{lanes} x i1> <{mask}>)"
+    )
 
 
 def unpack_rows(
@@ -180,8 +183,8 @@ def transpose(
 ) -> None:
     """target[c, r] = source[r, c] for row_vectors * lanes rows and `columns` columns.
 
-    Both in scratch, and every source row has its columns padded to whole vectors. `scale_source` points to one factor a
-    column, by which the source is multiplied on the way.
+    Both in scratch, and every source row has its columns padded to whole vectors. `scale_source` points to
+    one factor a column, by which the source is multiplied on the way.
     """
     vector, step = vec(element, lanes), lanes * BYTES[element]
     whole, rest = divmod(columns, lanes)
@@ -228,7 +231,8 @@ def zero(b: Builder, target: Value, size: Scalar, element: str, lanes: int) -> N
 
 
 def all_finite(b: Builder, source: Value, size: Scalar, element: str, lanes: int) -> Value:
-    """Whether no number in `size` bytes of scratch is NaN or infinite (i1): x * 0 is 0 for the others only."""
+    """Whether no number in `size` bytes of scratch is NaN or infinite (i1): x * 0 is 0 for the others
+    only."""
     vector = vec(element, lanes)
     sums = b.var(vector, b.const(0.0, vector))
     with b.loop(0, size, lanes * BYTES[element]) as offset:

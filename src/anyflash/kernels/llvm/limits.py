@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from anyflash.core.errors import InvalidCall
 from anyflash.kernels.llvm.bounds import LIMIT
 from anyflash.semantics.expr import Expr
 from anyflash.semantics.interval import Numbers, bound
 from anyflash.semantics.problem import Problem
 from anyflash.semantics.text import parse
 
+TABLE_LIMIT = 2**24
+
+
+def check_table(values: NDArray[np.generic], slot: int) -> None:
+    """Raises InvalidCall if an integer table holds what the kernels' arithmetic may not."""
+    if values.dtype.kind in "iu" and values.dtype.itemsize > 2 and values.size:
+        low, high = int(values.min()), int(values.max())
+        if low < -TABLE_LIMIT or high > TABLE_LIMIT:
+            raise InvalidCall(
+                f"table {slot}",
+                f"integers from {low} to {high}",
+                f"integers of at most {TABLE_LIMIT} in magnitude",
+                "The CPU kernels compute with 32-bit integers; renumber the entries",
+            )
+
 
 def integers_too_wide(problem: Problem) -> list[str]:
-    """Reasons to decline: lengths or integer expressions that may leave 32 bits."""
+    """Reasons to decline: lengths or integer expressions that may leave 32 bits.
+
+    An integer table is taken to hold at most 2**TABLE_BITS in magnitude, which `check_table` makes sure of.
+    """
     reasons: list[str] = []
     for name, extent in (("queries", problem.seqlen_q), ("keys", problem.seqlen_k)):
         if extent >= LIMIT // 2:
@@ -31,7 +53,7 @@ def integers_too_wide(problem: Problem) -> list[str]:
     def inside(node: Expr, _: object) -> tuple[object, object] | None:
         if node.kind != "int":
             return None
-        return numbers.const(-(LIMIT - 1), "int"), numbers.const(LIMIT - 1, "int")
+        return numbers.const(-TABLE_LIMIT, "int"), numbers.const(TABLE_LIMIT, "int")
 
     for which, text in (("score", problem.program.score), ("mask", problem.program.mask)):
         if text:

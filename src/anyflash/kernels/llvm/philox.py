@@ -1,7 +1,8 @@
-"""Philox4x32 with 7 rounds (Salmon et al., SC 2011) for a vector of query rows: the dropout of `semantics.rng`.
+"""Philox4x32 with 7 rounds (Salmon et al., SC 2011) for a vector of query rows: the dropout of
+`semantics.rng`.
 
-Counter (k >> 2, row, head, batch), key (seed low, seed high); the four words are those of keys k, k+1, k+2, k+3 for k
-divisible by 4.
+Counter (k >> 2, row, head, batch), key (seed low, seed high); the four words are those of keys k, k+1, k+2,
+k+3 for k divisible by 4.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def words(b: Builder, group: Value, rows: Value, head: Value, batch: Value, key: tuple[Value, Value]) -> list[Value]:
+def words(
+    b: Builder, group: Value, rows: Value, head: Value, batch: Value, key: tuple[Value, Value]
+) -> list[Value]:
     """Four vectors of 32-bit words; `rows` is a vector, all else scalar, all i32."""
     lanes = lanes_of(rows.type)
     counter = [b.splat(x, lanes) for x in (group, rows, head, batch)]

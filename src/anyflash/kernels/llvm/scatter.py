@@ -1,8 +1,8 @@
 """Gradients of tables: what each pair adds to the element that its score read.
 
-How often an element is met decides how it is added up. An index that no query or key enters (a slope per head)
-gathers a vector over the whole tile and is reduced once; one that only the key enters, once a key; any other
-adds lane by lane, in the order of the lanes. All orders are fixed.
+How often an element is met decides how it is added up. An index that no query or key enters (a slope per
+head) gathers a vector over the whole tile and is reduced once; one that only the key enters, once a key; any
+other adds lane by lane, in the order of the lanes. All orders are fixed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Term:
-    """One load whose table wants a gradient. `total` sums over a tile where the index is the same for all of it."""
+    """One load whose table wants a gradient. `total` sums over a tile where the index is the same for all of
+    it."""
 
     slot: int
     slope: Expr
@@ -47,7 +48,9 @@ class Scatter:
 
     def begin(self, partial: Value) -> None:
         for slot, base in self.bases.items():
-            base.set(self.b.at(self.frame.pointer(f"grad{slot}"), partial * self.frame.word(f"grad{slot}_partial")))
+            base.set(
+                self.b.at(self.frame.pointer(f"grad{slot}"), partial * self.frame.word(f"grad{slot}_partial"))
+            )
 
     def begin_tile(self) -> None:
         for term in self.terms:

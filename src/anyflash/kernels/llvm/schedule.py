@@ -1,11 +1,11 @@
 """Tile sizes, and how a backward is cut into tasks.
 
     lanes = vector_bytes / itemsize        16 float on AVX-512, 8 on AVX2, 4 on NEON
-    block_q = query_vectors * lanes        3 vectors: with 8 keys in registers they fill 32 registers (24 accumulators)
+    block_q = query_vectors * lanes        3 vectors: with 8 keys they fill 24 of 32 registers
     block_k = 64                           S and P of a tile then stay in the first-level cache
 
-Short calls take fewer vectors, so that a decode step does not compute for absent queries. block_k must not depend on
-anything but the Spec: it decides in which groups a row's keys are rounded.
+Short calls take fewer vectors, so that a decode step does not compute for absent queries. block_k must not
+depend on anything but the Spec: it decides in which groups a row's keys are rounded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from anyflash.semantics.text import parse
 
 BLOCK_K = 64
 _EVERYTHING = 1 << 40
-# A task of `backward_dkv` sums dK and dV of this many keys: at head_dim 128 in float32 they fill half of a 1 MiB cache.
+# A task of `backward_dkv` sums dK and dV of this many keys: at head_dim 128 in float32 they fill half of a 1
+# MiB cache.
 KEYS_A_TASK = 512
 
 
@@ -50,7 +51,8 @@ def query_vectors(target: Target, problem: Problem) -> int:
 
 
 def bounds_block(target: Target) -> int:
-    """Granularity of the bounds of table blocks: at least a tile in either direction, so that it meets two at most."""
+    """Granularity of the bounds of table blocks: at least a tile in either direction, so that it meets two at
+    most."""
     return BLOCK_K
 
 
@@ -60,7 +62,10 @@ def table_codes(problem: Problem, gradients: bool) -> tuple[TableCode, ...]:
     axes = _bounded_axes(mask)
     return tuple(
         TableCode(
-            t.dtype, len(t.shape), gradients and t.needs_grad, axes.get(i) if _bounds_possible(t.dtype) else None
+            t.dtype,
+            len(t.shape),
+            gradients and t.needs_grad,
+            axes.get(i) if _bounds_possible(t.dtype) else None,
         )
         for i, t in enumerate(problem.tables)
     )
@@ -113,7 +118,8 @@ def make_spec(problem: Problem, part: Part, target: Target, dense: frozenset[str
 
 @dataclass(frozen=True)
 class Walk:
-    """One launch of a backward: its part, its tasks (n, len(TASK_WORDS)), and the keys that a task's sums must hold."""
+    """One launch of a backward: its part, its tasks (n, len(TASK_WORDS)), and the keys that a task's sums
+    must hold."""
 
     part: Part
     tasks: np.ndarray
@@ -138,8 +144,8 @@ class TableSums:
 
 
 def table_sums(problem: Problem) -> TableSums:
-    """Tasks that add to the same element of a table's gradient either keep sums of their own, where the table is small
-    beside q, k and v, or are joined into one task that adds in order."""
+    """Tasks that add to the same element of a table's gradient either keep sums of their own, where the table
+    is small beside q, k and v, or are joined into one task that adds in order."""
     program = problem.program
     slots = [i for i, t in enumerate(problem.tables) if t.needs_grad]
     axes = _separating_axes(parse(program.score)) if program.score and slots else {}
@@ -165,7 +171,8 @@ def table_sums(problem: Problem) -> TableSums:
 
 
 def backward_walks(problem: Problem, block_q: int, threads: int) -> tuple[Walk, ...]:
-    """All five products in one walk where that gives the threads enough to do; else two walks of seven products."""
+    """All five products in one walk where that gives the threads enough to do; else two walks of seven
+    products."""
     sums = table_sums(problem)
     keys = -(-max(problem.seqlen_k, 1) // BLOCK_K) * BLOCK_K
     num_blocks = -(-problem.seqlen_q // block_q)
@@ -179,7 +186,8 @@ def backward_walks(problem: Problem, block_q: int, threads: int) -> tuple[Walk, 
 
 
 def _query_tasks(problem: Problem, sums: TableSums, num_blocks: int) -> np.ndarray:
-    """Tasks over all keys; of each (batch entry, key head), the last query blocks first: causal, they are longest."""
+    """Tasks over all keys; of each (batch entry, key head), the last query blocks first: causal, they are
+    longest."""
     batches = [(i, i + 1) for i in range(problem.batch)] if sums.batch else [(0, problem.batch)]
     heads = [(i, i + 1) for i in range(problem.heads_kv)] if sums.heads else [(0, problem.heads_kv)]
     blocks = [(i, i + 1) for i in reversed(range(num_blocks))] if num_blocks > 1 else [(0, _EVERYTHING)]
@@ -204,8 +212,8 @@ def _key_tasks(problem: Problem, step: int) -> np.ndarray:
 
 
 def _separating_axes(score: Expr) -> dict[int, set[str]]:
-    """For each table of a score: the variables that are an index by themselves in every load of it. Pairs that differ
-    in such a variable never meet in an element."""
+    """For each table of a score: the variables that are an index by themselves in every load of it. Pairs
+    that differ in such a variable never meet in an element."""
     found: dict[int, set[str]] = {}
 
     def visit(e: Expr) -> None:

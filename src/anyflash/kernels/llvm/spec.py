@@ -1,7 +1,7 @@
 """What a compiled kernel is specialised for, and the layout of its argument block.
 
-A `Spec` holds everything that changes the code and nothing else: lengths, strides and addresses are read at run time
-from one block of 64-bit words, so that one kernel serves every batch and length.
+A `Spec` holds everything that changes the code and nothing else: lengths, strides and addresses are read at
+run time from one block of 64-bit words, so that one kernel serves every batch and length.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ARRAYS: Mapping[Part, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class TableCode:
-    """One table: element type, number of axes, whether its gradient is accumulated, and the axis, if any, along which
-    the bounds of blocks are known."""
+    """One table: element type, number of axes, whether its gradient is accumulated, and the axis, if any,
+    along which the bounds of blocks are known."""
 
     dtype: str
     rank: int
@@ -34,8 +34,8 @@ class TableCode:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """`dense` names the arrays whose head_dim is contiguous. Tile sizes: `query_vectors` vectors of queries by `block_k`
-    keys; `tile` is the register tile of the products (rows, vectors)."""
+    """`dense` names the arrays whose head_dim is contiguous. Tile sizes: `query_vectors` vectors of queries
+    by `block_k` keys; `tile` is the register tile of the products (rows, vectors)."""
 
     part: Part
     dtype: str
@@ -71,10 +71,11 @@ COMMON = (
 )  # fmt: skip
 
 
-# One task of a backward: half-open ranges of batch entries, key heads, query blocks and keys, and the number of the
-# partial sums that its table gradients go to.
+# One task of a backward: half-open ranges of batch entries, key heads, query blocks and keys, and the number
+# of the partial sums that its table gradients go to.
 TASK_WORDS = (
-    "batch_begin", "batch_end", "head_begin", "head_end", "block_begin", "block_end", "key_begin", "key_end", "partial",
+    "batch_begin", "batch_end", "head_begin", "head_end", "block_begin", "block_end", "key_begin", "key_end",
+    "partial",
 )  # fmt: skip
 
 

@@ -16,7 +16,19 @@ import struct
 from fractions import Fraction
 from functools import cache
 
-from anyflash.kernels.llvm.ir import BYTES, DOUBLE, FLOAT, I32, I64, Builder, Value, element_of, lanes_of, mangle, vec
+from anyflash.kernels.llvm.ir import (
+    BYTES,
+    DOUBLE,
+    FLOAT,
+    I32,
+    I64,
+    Builder,
+    Value,
+    element_of,
+    lanes_of,
+    mangle,
+    vec,
+)
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -28,7 +40,8 @@ _DEGREE = {FLOAT: 6, DOUBLE: 12}
 
 @cache
 def _exp2_coefficients(degree: int) -> tuple[float, ...]:
-    """2**f on [-1/2, 1/2], interpolated at Chebyshev nodes; lowest power first, in exact rational arithmetic."""
+    """2**f on [-1/2, 1/2], interpolated at Chebyshev nodes; lowest power first, in exact rational
+    arithmetic."""
     nodes = [math.cos(math.pi * (2 * i + 1) / (2 * degree + 2)) / 2 for i in range(degree + 1)]
     matrix = [[Fraction(x) ** p for p in range(degree + 1)] + [_exact_exp2(x)] for x in nodes]
     n = degree + 1
@@ -60,10 +73,12 @@ def _exact_ln2() -> Fraction:
 def exp2(b: Builder, x: Value, degree: int | None = None) -> Value:
     """2**x. `degree` may be lowered where the result is rounded to 8 bits anyway."""
     element, lanes = element_of(x.type), lanes_of(x.type)
-    # The clamp keeps -inf - -inf from making NaN of -inf. Where there is no scalef, a whole part of -127 (-1023) has
-    # exponent bits 0, so all that would be denormal becomes exactly 0.
+    # The clamp keeps -inf - -inf from making NaN of -inf. Where there is no scalef, a whole part of -127
+    # (-1023) has exponent bits 0, so all that would be denormal becomes exactly 0.
     scalef = lanes * BYTES[element] == 64
-    lowest = {True: {FLOAT: -200.0, DOUBLE: -1200.0}, False: {FLOAT: -127.0, DOUBLE: -1023.0}}[scalef][element]
+    lowest = {True: {FLOAT: -200.0, DOUBLE: -1200.0}, False: {FLOAT: -127.0, DOUBLE: -1023.0}}[scalef][
+        element
+    ]
     x = b.max(b.const(lowest, x.type), x)
     whole = b.call(x.type, f"llvm.roundeven.{mangle(x.type)}", x)
     fraction = x - whole
