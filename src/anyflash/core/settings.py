@@ -30,7 +30,7 @@ def _num_threads() -> int | None:
 
 SETTINGS: dict[str, tuple[str, Callable[[], object]]] = {
     "ANYFLASH_CPU": (
-        "restrict the CPU kernels to a feature set: avx2, avx512, avx512bf16, amx, amx-emulated, neon",
+        "restrict the CPU kernels to one of avx2, avx512, avx512bf16, amx, amx-emulated, neon, generic",
         lambda: os.environ.get("ANYFLASH_CPU") or None,
     ),
     "ANYFLASH_NUM_THREADS": (
