@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from anyflash.core.errors import BackendBroken
-from anyflash.kernels.llvm import engine, target
+from anyflash.kernels.llvm import elf, engine, pool_ir, target
 
 _TWICE = """
 @factor = internal constant [2 x double] [double 2.0, double 3.0]
@@ -100,11 +102,36 @@ def test_a_missing_symbol_is_named() -> None:
         engine.compile_module(_unique(_TWICE, "absent"), target.host_target(), None, ["absent"])
 
 
-def test_denormals_survive_compiling_and_calling() -> None:
-    tiny = np.full(4, np.finfo(np.float32).smallest_subnormal)
-    text = _unique(_TWICE, "denormals")
-    kernel = engine.compile_module(text, target.host_target(), None, ["scale"])
-    x = np.array([np.finfo(np.float64).smallest_subnormal])
-    kernel.function("scale", ctypes.c_void_p, ctypes.c_int64)(x.ctypes.data, 0)
-    assert x[0] == 2 * np.finfo(np.float64).smallest_subnormal
-    assert (tiny + tiny == 2 * np.finfo(np.float32).smallest_subnormal).all()
+_STATE = """
+import sys, threading
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+tiny = np.full(64, np.finfo(np.float32).smallest_subnormal)
+def kept():
+    return bool((tiny + tiny == 2 * np.finfo(np.float32).smallest_subnormal).all())
+start, answers = threading.Event(), []
+older = threading.Thread(target=lambda: (start.wait(), answers.append(kept())))
+older.start()
+answers.append(kept())
+from engine import workers
+workers.run_tasks(3)
+answers.append(kept())
+start.set()
+older.join()
+younger = threading.Thread(target=lambda: answers.append(kept()))
+younger.start()
+younger.join()
+assert answers == [True] * 4, answers
+"""
+
+
+def test_importing_compiling_and_running_flushes_no_denormals() -> None:
+    """In a thread that is older, one that is younger, and the one that does it all."""
+    subprocess.run([sys.executable, "-c", _STATE, str(Path(__file__).parents[1])], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("arch", ["x86", "arm", "other"])
+def test_the_thread_pool_compiles_for_each_processor(arch: target.Arch) -> None:
+    instruction_set = target.get_target("neon" if arch == "arm" else "avx2" if arch == "x86" else "generic")
+    data = engine.emit_object(pool_ir.pool_ir(arch), instruction_set)
+    assert elf.undefined_symbols(data) == set(pool_ir.IMPORTS)

@@ -65,7 +65,7 @@ def fingerprint() -> str:
 
 
 def directory() -> Path:
-    """Where this version's objects are."""
+    """Where this version's objects are. Raises RuntimeError where that is unknown (no home folder)."""
     return settings.cache_dir() / "cpu" / fingerprint()[:16]
 
 
@@ -77,7 +77,11 @@ def fetch(key: str, compile_object: Callable[[], bytes]) -> bytes:
     """
     if not settings.cache_enabled():
         return _compile(compile_object)
-    path = directory() / f"{key}.o"
+    try:
+        path = directory() / f"{key}.o"
+    except RuntimeError as problem:
+        _note(f"no place for compiled kernels: {problem} Set ANYFLASH_CACHE_DIR to one.")
+        return _compile(compile_object)
     data = _read(path, key)
     if data is not None:
         counters.hits += 1
@@ -95,13 +99,17 @@ def fetch(key: str, compile_object: Callable[[], bytes]) -> bytes:
 
 def report() -> dict[str, Any]:
     """For `anyflash doctor`: where the cache is, whether it can be written, its size and use."""
-    here = directory()
+    try:
+        here = directory()
+    except RuntimeError as problem:
+        _note(str(problem))
+        here = Path(os.devnull)
     objects = list(here.glob("*.o")) if here.is_dir() else []
     existing = next(folder for folder in (here, *here.parents) if folder.exists())
     return {
         "directory": str(here),
         "enabled": settings.cache_enabled(),
-        "writable": os.access(existing, os.W_OK | os.X_OK),
+        "writable": existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
         "objects": len(objects),
         "bytes": sum(path.stat().st_size for path in objects),
         "hits": counters.hits,

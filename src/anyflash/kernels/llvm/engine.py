@@ -197,13 +197,13 @@ def _broken(doing: str, cause: BaseException | str, ir: str) -> BackendBroken:
 
 def _save(ir: str) -> Path:
     name = f"broken-{hashlib.sha256(ir.encode()).hexdigest()[:16]}.ll"
-    for folder in (settings.cache_dir(), Path(tempfile.gettempdir())):
+    for folder in (settings.cache_dir, lambda: Path(tempfile.mkdtemp(prefix="anyflash-"))):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / name
+            path = folder() / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(ir)
-        except OSError as problem:
-            logger.info("cannot save a module in %s: %s", folder, problem)
+        except (OSError, RuntimeError) as problem:
+            logger.info("cannot save a module that failed to compile: %s", problem)
         else:
             return path
     return Path(os.devnull)
