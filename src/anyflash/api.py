@@ -11,6 +11,7 @@ from anyflash.dispatch.explain import Explanation
 from anyflash.dispatch.explain import explain as explain_problem
 from anyflash.frontends import registry
 from anyflash.frontends.base import Frontend, Request, describe_request
+from anyflash.semantics.checks import check_merge
 from anyflash.semantics.describe import describe_program
 from anyflash.semantics.expr import At, Expr, Table
 
@@ -217,8 +218,8 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str = "bshd
         True
     """
     frontend = registry.of("out_a", out_a)
-    for argument, array in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        registry.same(frontend, argument, array)
+    arrays = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    check_merge({name: (tuple(a.shape), _dtype(frontend, name, a)) for name, a in arrays.items()}, layout)
     return frontend.merge(out_a, lse_a, out_b, lse_b, layout)
 
 

@@ -165,31 +165,47 @@ VARLEN: dict[str, Callable[[], dict[str, Any]]] = {
         "mask": lambda at: af.table(np.zeros(4, bool))[at.k],
     },
 }
+# Changes to a merge of two results of 2 sequences, 5 queries and 4 heads.
+OUT, LSE = np.zeros((2, 5, 4, 8), np.float32), np.zeros((2, 4, 5), np.float32)
+MERGE: dict[str, Callable[[], dict[str, Any]]] = {
+    "merge_list": lambda: {"out_a": [0.0]},
+    "merge_framework": lambda: {"lse_b": Foreign((2, 4, 5))},
+    "merge_rank": lambda: {"out_a": OUT[0, 0]},
+    "merge_dtype": lambda: {"out_a": OUT.astype(np.int32)},
+    "merge_other_dtype": lambda: {"out_b": OUT.astype(np.float64)},
+    "merge_other_shape": lambda: {"out_b": OUT[:, :4]},
+    "merge_lse_rows": lambda: {"lse_a": LSE.swapaxes(1, 2)},
+    "merge_lse_dtype": lambda: {"lse_b": LSE.astype(BF16)},
+    "merge_layout": lambda: {"layout": "bhsd"},
+    "merge_layout_unknown": lambda: {"layout": "sbhd"},
+}
+CASES = [*DENSE, *VARLEN, *MERGE]
 MESSAGES = dict(
     line.split(": ", 1)
     for line in (Path(__file__).parent / "messages.txt").read_text(encoding="utf-8").splitlines()
 )
 
 
-def arguments(case: str) -> dict[str, Any]:
+def arguments(case: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    if case in MERGE:
+        return af.merge, {"out_a": OUT, "lse_a": LSE, "out_b": OUT, "lse_b": LSE, **MERGE[case]()}
     if case in DENSE:
-        return {"q": Q, "k": K, "v": K, **DENSE[case]()}
+        return af.attention, {"q": Q, "k": K, "v": K, **DENSE[case]()}
     lengths = {"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS}
-    return {"q": PACKED, "k": PACKED, "v": PACKED, **lengths, **VARLEN[case]()}
+    return af.attention_varlen, {"q": PACKED, "k": PACKED, "v": PACKED, **lengths, **VARLEN[case]()}
 
 
 def message(case: str) -> str:
     """What the user is told, on one line."""
-    attention = af.attention if case in DENSE else af.attention_varlen
-    changed = {"backend": "reference", **arguments(case)}
+    function, changed = arguments(case)
     with pytest.raises(InvalidCall) as caught:
-        attention(**changed)
+        function(**changed)
     text = str(caught.value)
     assert text.startswith(caught.value.argument)
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("case", [*DENSE, *VARLEN])
+@pytest.mark.parametrize("case", CASES)
 def test_message(case: str) -> None:
     backends = ", ".join(map(repr, entries()))
     assert message(case) == MESSAGES[case].replace("{backends}", backends)
@@ -197,11 +213,11 @@ def test_message(case: str) -> None:
 
 @pytest.mark.parametrize("case", [*DENSE, *VARLEN])
 def test_explain_refuses_too(case: str) -> None:
-    """What `attention` refuses is not explained."""
-    refused = arguments(case)
+    """What the attention calls refuse is not explained."""
+    _, refused = arguments(case)
     with pytest.raises(InvalidCall):
         af.explain(**refused)
 
 
 def test_every_message_has_a_case() -> None:
-    assert set(MESSAGES) == {*DENSE, *VARLEN}
+    assert set(MESSAGES) == set(CASES)

@@ -13,6 +13,7 @@ from anyflash.core.device import CPU
 from anyflash.core.dtypes import ITEMSIZE
 from anyflash.core.view import View
 from anyflash.frontends import base
+from anyflash.semantics import lse as partial
 from anyflash.semantics.problem import Program
 
 _names: dict[np.dtype[Any], str] = {}
@@ -94,7 +95,7 @@ class Numpy:
         lse_b: NDArray[Any],
         layout: str,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        raise NotImplementedError
+        return partial.merge(out_a, lse_a, out_b, lse_b, layout)
 
 
 def _drops(program: Program | str) -> bool:

@@ -36,7 +36,7 @@ def same(frontend: Frontend, argument: str, array: Any) -> None:
         raise InvalidCall(
             argument,
             f"an array of {found.name}",
-            f"one of {frontend.name}, as q is",
+            f"one of {frontend.name}, as the first is",
             "All arrays of a call belong to one framework",
         )
 

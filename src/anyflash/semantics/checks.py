@@ -188,3 +188,27 @@ def _check_index(
             f"indices from 0 to {extent - 1}",
             "Clamp the index with anyflash.minimum and anyflash.maximum if that is meant",
         )
+
+
+def check_merge(arrays: dict[str, tuple[tuple[int, ...], str]], layout: str) -> None:
+    """Raises InvalidCall unless out_a, lse_a, out_b and lse_b, each (shape, dtype), can be merged."""
+    check_layout(layout, False)
+    out_shape, out_dtype = arrays["out_a"]
+    for argument in ("out_a", "out_b"):
+        shape, dtype = arrays[argument]
+        if dtype not in FLOATS:
+            raise InvalidCall(argument, f"dtype {dtype}, shape {shape}", f"one of {', '.join(FLOATS)}")
+        if len(shape) not in (3, 4) or (shape, dtype) != (out_shape, out_dtype):
+            expected = f"shape {out_shape} of {out_dtype}, as out_a" if argument == "out_b" else "3 or 4 axes"
+            raise InvalidCall(argument, f"shape {shape} of {dtype}", expected)
+    *rows, _ = to_canonical(layout, out_shape) if len(out_shape) == 4 else out_shape
+    lse_shape = (*rows[:-2], rows[-1], rows[-2])
+    for argument in ("lse_a", "lse_b"):
+        shape, dtype = arrays[argument]
+        if dtype not in ("float32", "float64") or shape != lse_shape:
+            raise InvalidCall(
+                argument,
+                f"shape {shape} of {dtype}",
+                f"shape {lse_shape} of float32 or float64",
+                f"It has the rows and heads of out_a with shape {out_shape} in layout {layout!r}",
+            )
