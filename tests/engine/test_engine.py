@@ -15,6 +15,7 @@ from anyflash.core.errors import BackendBroken
 from anyflash.kernels.llvm import elf, engine, pool_ir, target
 
 _TWICE = """
+@answer = constant i64 42
 @factor = internal constant [2 x double] [double 2.0, double 3.0]
 define void @scale(ptr %p, i64 %which) {
   %at = getelementptr double, ptr @factor, i64 %which
@@ -49,6 +50,11 @@ def test_constants_and_memset_work_for_every_target(name: str) -> None:
     assert x[0] == 4.5
     kernel.function("fill", ctypes.c_void_p, ctypes.c_int64)(x.ctypes.data, 16)
     assert np.isnan(x).all()
+
+
+def test_a_module_carries_facts_about_itself() -> None:
+    kernel = engine.compile_module(_TWICE, target.host_target(), "facts", ["scale", "answer"])
+    assert kernel.integer("answer") == 42
 
 
 def test_a_second_request_emits_nothing_and_gives_the_same_code() -> None:

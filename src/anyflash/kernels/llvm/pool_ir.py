@@ -47,15 +47,15 @@ _PROCESSOR: dict[Arch, str] = {
 declare void @llvm.x86.sse2.pause()
 declare void @llvm.x86.sse.stmxcsr(ptr)
 declare void @llvm.x86.sse.ldmxcsr(ptr)
-define internal void @relax() alwaysinline {
+define internal void @relax() {
   call void @llvm.x86.sse2.pause()
   ret void
 }
-define internal void @save_fenv(ptr %p) alwaysinline {
+define internal void @save_fenv(ptr %p) {
   call void @llvm.x86.sse.stmxcsr(ptr %p)
   ret void
 }
-define internal void @load_fenv(ptr %p) alwaysinline {
+define internal void @load_fenv(ptr %p) {
   call void @llvm.x86.sse.ldmxcsr(ptr %p)
   ret void
 }
@@ -64,30 +64,30 @@ define internal void @load_fenv(ptr %p) alwaysinline {
 declare void @llvm.aarch64.isb(i32)
 declare i64 @llvm.aarch64.get.fpcr()
 declare void @llvm.aarch64.set.fpcr(i64)
-define internal void @relax() alwaysinline {
+define internal void @relax() {
   call void @llvm.aarch64.isb(i32 15)
   ret void
 }
-define internal void @save_fenv(ptr %p) alwaysinline {
+define internal void @save_fenv(ptr %p) {
   %v = call i64 @llvm.aarch64.get.fpcr()
   store i64 %v, ptr %p
   ret void
 }
-define internal void @load_fenv(ptr %p) alwaysinline {
+define internal void @load_fenv(ptr %p) {
   %v = load i64, ptr %p
   call void @llvm.aarch64.set.fpcr(i64 %v)
   ret void
 }
 """,
     "other": """
-define internal void @relax() alwaysinline {
+define internal void @relax() {
   fence seq_cst
   ret void
 }
-define internal void @save_fenv(ptr %p) alwaysinline {
+define internal void @save_fenv(ptr %p) {
   ret void
 }
-define internal void @load_fenv(ptr %p) alwaysinline {
+define internal void @load_fenv(ptr %p) {
   ret void
 }
 """,
