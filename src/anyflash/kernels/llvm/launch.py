@@ -44,11 +44,19 @@ def compiled(spec: Spec, target: Target) -> Code:
     """The kernel for `spec`: from this process, from disk, or compiled now."""
     found = _codes.get((spec, target))
     if found is None:
-        emit = emit_forward if spec.part == "forward" else emit_backward
-        ir, scratch_bytes = emit(spec, target)
-        kernel = engine.compile_module(ir, target, f"{target.key} {spec.key}", [spec.part])
-        found = _codes[spec, target] = Code(kernel.addresses[spec.part], scratch_bytes)
+        kernel = engine.compile_module(
+            lambda: _emitted(spec, target), target, spec.key, [spec.part, "scratch_bytes"]
+        )
+        found = Code(kernel.addresses[spec.part], kernel.integer("scratch_bytes"))
+        _codes[spec, target] = found
     return found
+
+
+def _emitted(spec: Spec, target: Target) -> str:
+    """The module's text. The scratch size is in it, so that a stored object needs no emitter."""
+    emit = emit_forward if spec.part == "forward" else emit_backward
+    ir, scratch_bytes = emit(spec, target)
+    return f"{ir}\n@scratch_bytes = constant i64 {scratch_bytes}\n"
 
 
 class Launch:
