@@ -88,18 +88,20 @@ def bind(exprs: Sequence[Expr | None]) -> tuple[list[Expr | None], list[Table]]:
     for an absent expression and stays None.
     """
     tables: list[Table] = []
-    slots: dict[int, int] = {}
     done: dict[int, Expr] = {}
+
+    def slot(table: Table) -> int:
+        # Compared by `is`: torch.compile takes id() of a tensor for a promise that it always is the same one.
+        for i, known in enumerate(tables):
+            if known.array is table.array:
+                return i
+        tables.append(table)
+        return len(tables) - 1
 
     def visit(expr: Expr) -> Expr:
         if id(expr) in done:
             return done[id(expr)]
-        value = expr.value
-        if isinstance(value, Table):
-            if id(value.array) not in slots:
-                slots[id(value.array)] = len(tables)
-                tables.append(value)
-            value = slots[id(value.array)]
+        value = slot(expr.value) if isinstance(expr.value, Table) else expr.value
         args = tuple(visit(a) for a in expr.args)
         unchanged = value is expr.value and all(a is b for a, b in zip(args, expr.args, strict=True))
         done[id(expr)] = expr if unchanged else Expr(expr.op, args, value, expr.kind)
@@ -182,7 +184,7 @@ def _check_size(expr: Expr) -> None:
             stack.extend((a, False) for a in item.args)
             continue
         sizes = [seen[id(a)] for a in item.args]
-        seen[id(item)] = (1 + sum(n for n, _ in sizes), 1 + max((d for _, d in sizes), default=0))
+        seen[id(item)] = (1 + sum(n for n, _ in sizes), 1 + max([0, *(d for _, d in sizes)]))
     nodes, depth = seen[id(expr)]
     if nodes > MAX_NODES or depth > MAX_DEPTH:
         raise InvalidCall(
