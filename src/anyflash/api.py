@@ -361,9 +361,8 @@ def _request(
     )
     for name, array in zip(names, tables, strict=True):
         registry.same(frontend, name, array)
-    return frontend, Request(
-        program, q, k, v, layout, tables, names, sinks, *(lengths or (None, None, None)), seed, backend
-    )
+    arrays = (*qkv, layout, tables, names, sinks, *(lengths or (None, None, None)))
+    return frontend, Request(program, *arrays, dropout_p != 0.0, seed, backend)
 
 
 def _dtype(frontend: Frontend, argument: str, array: Any) -> str:

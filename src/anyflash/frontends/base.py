@@ -17,18 +17,18 @@ from anyflash.dispatch import plan
 from anyflash.semantics.addressing import to_canonical
 from anyflash.semantics.describe import describe
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
-from anyflash.semantics.problem import Problem, Program
+from anyflash.semantics.problem import Problem
 
 
 @dataclass(slots=True)
 class Request:
     """One call after its keywords became a program: arrays of one framework in the user's layout.
 
-    `program` is a Program or its text. `tables` are in slot order and `names` says which argument each came
-    from. `seed` None asks the frontend to draw one; it is drawn only if the program has dropout.
+    `program` is a Program's text. `tables` are in slot order and `names` says which argument each came from.
+    `seed` None asks the frontend to draw one where the program has `dropout`.
     """
 
-    program: Program | str
+    program: str
     q: Any
     k: Any
     v: Any
@@ -39,6 +39,7 @@ class Request:
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
     seqused_k: Any = None
+    dropout: bool = False
     seed: int | None = None
     backend: str | None = None
 
@@ -49,8 +50,8 @@ class Frontend(Protocol):
 
     name: str
 
-    def owns(self, array: object) -> bool:
-        """Is this an array of the framework?"""
+    def owns(self, kind: type) -> bool:
+        """Are objects of this type arrays of the framework?"""
         ...
 
     def dtype(self, array: Any) -> str:

@@ -14,7 +14,6 @@ from anyflash.core.dtypes import ITEMSIZE
 from anyflash.core.view import View
 from anyflash.frontends import base
 from anyflash.semantics import lse as partial
-from anyflash.semantics.problem import Program
 
 _names: dict[np.dtype[Any], str] = {}
 _dtypes: dict[str, np.dtype[Any]] = {}
@@ -58,8 +57,8 @@ _address = _direct_address() or (lambda array: array.ctypes.data)
 class Numpy:
     name = "numpy"
 
-    def owns(self, array: object) -> bool:
-        return isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
+    def owns(self, kind: type) -> bool:
+        return issubclass(kind, np.ndarray) and not issubclass(kind, np.ma.MaskedArray)
 
     def dtype(self, array: NDArray[Any]) -> str:
         dtype = array.dtype
@@ -82,7 +81,7 @@ class Numpy:
         return array, View(_address(array) or 0, shape, array.strides, dtype, CPU, True, array)
 
     def attend(self, request: base.Request) -> tuple[NDArray[Any], NDArray[Any]]:
-        if request.seed is None and _drops(request.program):
+        if request.seed is None and request.dropout:
             request.seed = secrets.randbits(SEED_BITS)
         found = base.forward(self, request)
         return found.out, found.lse
@@ -96,11 +95,6 @@ class Numpy:
         layout: str,
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         return partial.merge(out_a, lse_a, out_b, lse_b, layout)
-
-
-def _drops(program: Program | str) -> bool:
-    parsed = Program.parse(program) if isinstance(program, str) else program
-    return parsed.dropout_p > 0
 
 
 FRONTEND = Numpy()

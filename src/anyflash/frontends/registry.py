@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import anyflash.frontends
 from anyflash.core.errors import InvalidCall
@@ -22,16 +22,14 @@ _by_type: dict[type, Frontend] = {}
 def of(argument: str, array: Any) -> Frontend:
     """The frontend of an array. Raises InvalidCall, naming the argument, for what no frontend owns."""
     kind = type(array)
-    found = _by_type.get(kind)
-    if found is None:
-        found = _find(argument, array)
-        _by_type[kind] = found
-    return found
+    if not _known(kind):
+        _refuse(argument, array)
+    return _by_type[kind]
 
 
 def same(frontend: Frontend, argument: str, array: Any) -> None:
     """Raises InvalidCall unless `array` belongs to `frontend`."""
-    found = _by_type.get(type(array)) or of(argument, array)
+    found = of(argument, array)
     if found is not frontend:
         raise InvalidCall(
             argument,
@@ -53,12 +51,24 @@ def load(framework: str) -> Frontend:
     return importlib.import_module(f"{anyflash.frontends.__name__}.{framework}_").FRONTEND
 
 
-def _find(argument: str, array: Any) -> Frontend:
+def _known(kind: type) -> bool:
+    """Is there a frontend for arrays of this type? Leaves it in `_by_type`."""
+    if kind in _by_type:
+        return True
     for framework in frameworks():
         if framework in sys.modules:
             frontend = load(framework)
-            if frontend.owns(array):
-                return frontend
+            if frontend.owns(kind):
+                _by_type[kind] = frontend
+                return True
+    return False
+
+
+# torch.compile calls this while it traces and keeps the answer; it cannot trace the search and the imports.
+_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _refuse(argument: str, array: Any) -> NoReturn:
     kind, shape = type(array), getattr(array, "shape", None)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     raise InvalidCall(

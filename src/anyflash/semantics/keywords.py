@@ -30,9 +30,9 @@ Plain = tuple[bool, "tuple[int | None, int | None] | None", float | None, float 
 
 
 class Described(NamedTuple):
-    """A program, the arrays of its tables in slot order, and the argument each came from."""
+    """A program's text, the arrays of its tables in slot order, and the argument each came from."""
 
-    program: Program
+    program: str
     tables: tuple[Any, ...] = ()
     names: tuple[str, ...] = ()
 
@@ -41,12 +41,12 @@ class _Given(NamedTuple):
     """The array of a keyword argument: what of it decides the program, and `axes`, those it is indexed by."""
 
     name: str
-    shape: tuple[int, ...]
+    ndim: int
     kind: Kind
     axes: tuple[str, ...]
 
 
-_programs: dict[tuple[Any, ...], Program] = {}
+_programs: dict[tuple[Any, ...], str] = {}
 
 
 def describe_program(
@@ -103,13 +103,7 @@ def describe_program(
             mask = None
     if score is not None or mask is not None:
         return _build(plain, given, arrays, score, mask)
-    key = (plain, tuple(given))
-    program = _programs.get(key)
-    if program is None:
-        if len(_programs) >= _MAX_KEPT:
-            _programs.clear()
-        placeholders = [_Placeholder(g.shape) for g in given]
-        program = _programs[key] = _build(plain, given, placeholders, None, None).program
+    program = _keyword_program(plain, tuple(given))
     if not given:
         return Described(program)
     return Described(
@@ -119,17 +113,34 @@ def describe_program(
     )
 
 
+def _keyword_program(plain: Plain, given: tuple[_Given, ...]) -> str:
+    """The program's text of a call without a user's function, from the table or made now."""
+    key = (plain, given)
+    program = _programs.get(key)
+    if program is None:
+        if len(_programs) >= _MAX_KEPT:
+            _programs.clear()
+        placeholders = [_Placeholder((1,) * len(g.axes)) for g in given]
+        program = _programs[key] = _build(plain, given, placeholders, None, None).program
+    return program
+
+
+# torch.compile calls this while it traces and keeps the answer; were it to trace it, every change of the
+# table would compile the caller anew.
+_keyword_program._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class _Placeholder(NamedTuple):
-    """Stands for an array while a program that will be kept is built: it must not keep the array alive."""
+    """Stands for a squeezed array while a program to be kept is built: that must not keep the array."""
 
     shape: tuple[int, ...]
 
     def squeeze(self) -> _Placeholder:
-        return _Placeholder(tuple(extent for extent in self.shape if extent != 1))
+        return self
 
 
 def _squeeze(array: Any, given: _Given) -> Any:
-    return array if len(given.axes) == len(given.shape) else array.squeeze()
+    return array if len(given.axes) == given.ndim else array.squeeze()
 
 
 def _build(plain: Plain, given: Sequence[_Given], arrays: Sequence[Any], score: Any, mask: Any) -> Described:
@@ -149,10 +160,10 @@ def _build(plain: Plain, given: Sequence[_Given], arrays: Sequence[Any], score: 
             allowed.append(_AT.k <= _AT.q + right)
     if mask is not None:
         allowed.append(_call_mask(mask))
-    names: dict[int, str] = {}
+    named: list[tuple[Any, str]] = []
     for g, array in zip(given, arrays, strict=True):
         squeezed = _squeeze(array, g)
-        names.setdefault(id(squeezed), g.name)
+        named.append((squeezed, g.name))
         load = Table(squeezed, g.kind)[tuple(var(axis) for axis in g.axes)]
         if g.name == "alibi_slopes":
             s = s - load * abs(_AT.q - _AT.k)
@@ -164,10 +175,17 @@ def _build(plain: Plain, given: Sequence[_Given], arrays: Sequence[Any], score: 
     score_text = None if bound_score is None or bound_score.op == "var" else text.show(bound_score)
     mask_text = None if bound_mask is None else text.show(bound_mask)
     return Described(
-        Program(score_text, mask_text, scale, dropout_p, sinks),
+        str(Program(score_text, mask_text, scale, dropout_p, sinks)),
         tuple([table.array for table in tables]),
-        tuple([names.get(id(table.array), f"table {slot}") for slot, table in enumerate(tables)]),
+        tuple([_name(table, slot, named) for slot, table in enumerate(tables)]),
     )
+
+
+def _name(table: Table, slot: int, named: list[tuple[Any, str]]) -> str:
+    for array, name in named:
+        if array is table.array:
+            return name
+    return f"table {slot}"
 
 
 def _all(conditions: Sequence[Expr]) -> Expr | None:
@@ -268,7 +286,7 @@ def _stretched(name: str, array: Any, dtype: Dtype, extents: Extents) -> _Given:
             name, f"shape {shape}", f"a shape that broadcasts to (batch, heads, q, k) = ({shown})"
         )
     axes = tuple(axis for axis, extent in zip(_AXES, aligned, strict=True) if extent != 1)
-    return _Given(name, shape, "bool" if found == "bool" else "float", axes)
+    return _Given(name, len(shape), "bool" if found == "bool" else "float", axes)
 
 
 def _slopes(array: Any, dtype: Dtype, extents: Extents) -> _Given:
@@ -280,7 +298,7 @@ def _slopes(array: Any, dtype: Dtype, extents: Extents) -> _Given:
         raise InvalidCall(
             "alibi_slopes", f"shape {shape}", f"({heads},) or ({batch}, {heads}): one slope a query head"
         )
-    return _Given("alibi_slopes", shape, "float", ("batch", "head")[2 - len(shape) :])
+    return _Given("alibi_slopes", len(shape), "float", ("batch", "head")[2 - len(shape) :])
 
 
 def _flag(argument: str, value: Any) -> bool:
