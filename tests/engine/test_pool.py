@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anyflash.core import threads as core_threads
 from anyflash.kernels.llvm import pool
 from anyflash.kernels.llvm.target import host_target
 from engine import workers
@@ -95,27 +96,28 @@ def test_idle_workers_use_no_processor_time() -> None:
 
 def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANYFLASH_NUM_THREADS", raising=False)
-    monkeypatch.setattr(pool, "_thread_provider", lambda: None)
-    assert pool.num_threads() == pool.usable_cores() >= 1
-    assert pool.num_threads(3) == 3
-    pool.set_thread_provider(lambda: 5)
-    assert pool.num_threads() == 5
-    assert pool.num_threads(3) == 3
+    monkeypatch.setattr(core_threads, "_provider", lambda: None)
+    assert core_threads.num_threads() == core_threads.usable_cores() >= 1
+    assert core_threads.num_threads(3) == 3
+    core_threads.set_provider(lambda: 5)
+    assert core_threads.num_threads() == 5
+    assert core_threads.num_threads(3) == 3
     monkeypatch.setenv("ANYFLASH_NUM_THREADS", "7")
-    assert pool.num_threads(3) == 7
+    assert core_threads.num_threads(3) == 7
 
 
 @pytest.mark.parametrize(
-    ("text", "cores"), [("max 100000", 1 << 16), ("150000 100000", 2), ("junk", 1 << 16)]
+    ("text", "cores"),
+    [("max 100000", core_threads._UNLIMITED), ("150000 100000", 2), ("junk", core_threads._UNLIMITED)],
 )
 def test_cgroup_quota(monkeypatch: pytest.MonkeyPatch, text: str, cores: int) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self: text)
-    pool._quota.cache_clear()
+    core_threads._quota.cache_clear()
     try:
-        assert pool._quota() == cores
+        assert core_threads._quota() == cores
     finally:
         monkeypatch.undo()
-        pool._quota.cache_clear()
+        core_threads._quota.cache_clear()
 
 
 @_X86

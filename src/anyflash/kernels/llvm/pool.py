@@ -6,7 +6,7 @@ atomic counter in `args`. They are native threads that run compiled code only, s
 interpreter lock and they cannot hold up the interpreter's shutdown. There is one pool; whoever finds it taken
 (another Python thread, a nested call) works alone.
 
-    with pool.lease(pool.num_threads()) as team:
+    with pool.lease(num_threads()) as team:
         addresses = team.scratch(nbytes)     # one piece of working memory for each thread
         team.run(function_address, args_address)
 """
@@ -14,18 +14,16 @@ interpreter lock and they cannot hold up the interpreter's shutdown. There is on
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from anyflash.core import settings
 from anyflash.core.errors import BackendBroken
 from anyflash.core.log import logger
+from anyflash.core.threads import num_threads, usable_cores
 from anyflash.kernels.llvm import engine, pool_ir, scratch
 from anyflash.kernels.llvm.target import get_target
 
@@ -177,7 +175,6 @@ class _OwnBuffers(threading.local):
 _own = _OwnBuffers()
 _pool: _Pool | None = None
 _taken = threading.Lock()
-_thread_provider: Callable[[], int | None] = lambda: None
 
 
 def lease(threads: int) -> Team:
@@ -191,24 +188,6 @@ def run(function: int, args: int, threads: int) -> None:
         team.run(function, args)
 
 
-def num_threads(hint: int | None = None) -> int:
-    """ANYFLASH_NUM_THREADS, else `hint`, else what the framework in use says, else the usable cores."""
-    return settings.num_threads() or hint or _thread_provider() or usable_cores()
-
-
-def set_thread_provider(provider: Callable[[], int | None]) -> None:
-    """Ask `provider` for the number of threads (torch.get_num_threads, say); None: no opinion."""
-    global _thread_provider
-    _thread_provider = provider
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: its affinity, and on Linux its cgroup's quota."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cores, _quota()))
-
-
 def report() -> dict[str, Any]:
     """For `anyflash doctor`: threads of a call, native workers started, bytes of working memory."""
     return {
@@ -217,15 +196,6 @@ def report() -> dict[str, Any]:
         "workers": _pool.num_workers if _pool else 0,
         "scratch_bytes": scratch.scratch_bytes(),
     }
-
-
-@functools.cache
-def _quota() -> int:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return 1 << 16 if quota == "max" else -(-int(quota) // int(period))
-    except (OSError, ValueError):
-        return 1 << 16
 
 
 def _started() -> _Pool | None:
