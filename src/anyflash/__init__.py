@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from anyflash import masks
 from anyflash.api import attention, attention_varlen, explain, merge, table
 from anyflash.core import log as _log
 from anyflash.core.errors import AnyflashError, BackendBroken, InvalidCall, Unsupported
@@ -28,6 +29,7 @@ __all__ = [
     "exp",
     "explain",
     "log",
+    "masks",
     "maximum",
     "merge",
     "minimum",

@@ -16,6 +16,7 @@ LAYERS = {
     "dispatch": 4,
     "frontends": 5,
     "api": 6,
+    "masks": 6,
     "adapters": 7,
     "compat": 7,
     "kvcache": 7,
@@ -36,6 +37,7 @@ THIRD_PARTY = {
     "kernels.metal": set(),
     "dispatch": {"numpy"},
     "api": {"numpy"},
+    "masks": set(),
     "": set(),
 }
 # Packages that only some users have or want: never imported by importing a module outside these layers.

@@ -7,6 +7,7 @@ import doctest
 import numpy as np
 import pytest
 
+import anyflash as af
 from anyflash.core.errors import InvalidCall
 from anyflash.semantics import lse, mask
 from anyflash.semantics.expr import At
@@ -150,8 +151,20 @@ def test_refused(name):
         make()
 
 
-@pytest.mark.parametrize("module", [mask, lse])
+@pytest.mark.parametrize("module", [mask, lse, af.masks])
 def test_drawn_examples(module):
     found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_public_masks_pass_through_a_call():
+    q = R.normal(size=(2, 6, 2, 4))
+    ids = np.array([[0, 0, 1, 1, 1, -1], [3, 3, 3, 3, 7, 7]])
+    m = af.masks.documents(ids) & af.masks.causal()
+    out = af.attention(q, q, q, mask=m, backend="reference")
+    expected = af.attention(q, q, q, mask=m.allowed(6, 6, batch=2), backend="reference")
+    np.testing.assert_array_equal(out, expected)
+    assert not out[0, 5].any()
+    with pytest.raises(InvalidCall, match="documents"):
+        af.attention(q, q[:, :5], q[:, :5], mask=m, backend="reference")

@@ -18,6 +18,7 @@ from anyflash.semantics import text
 from anyflash.semantics.addressing import to_canonical
 from anyflash.semantics.checks import check_layout, check_rank
 from anyflash.semantics.expr import At, Expr, Kind, Table, as_float, const, tanh, var
+from anyflash.semantics.mask import Mask
 from anyflash.semantics.problem import Program
 
 _MAX_KEPT = 4096
@@ -97,7 +98,9 @@ def describe_program(
         for name, array in _listed(bias):
             given.append(_stretched(name, array, dtype, extents))
             arrays.append(array)
-        if mask is not None and not callable(mask):
+        if isinstance(mask, Mask):
+            mask.check(*extents)
+        elif mask is not None and not callable(mask):
             given.append(_stretched("mask", mask, dtype, extents))
             arrays.append(mask)
             mask = None
