@@ -106,3 +106,58 @@ def test_a_refused_amx_permission_falls_back_and_is_reported(monkeypatch: pytest
     finally:
         target.why_not.cache_clear()
         target._host_target.cache_clear()
+
+
+_INTRINSICS = {
+    "avx512bf16": (
+        "vdpbf16ps",
+        """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define void @f(ptr %a, ptr %b, ptr %c) {
+  %va = load <32 x bfloat>, ptr %a
+  %vb = load <32 x bfloat>, ptr %b
+  %vc = load <16 x float>, ptr %c
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+    <16 x float> %vc, <32 x bfloat> %va, <32 x bfloat> %vb)
+  store <16 x float> %r, ptr %c
+  ret void
+}""",
+    ),
+    "amx": (
+        "tdpbf16ps",
+        """
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
+define void @f(ptr %a) {
+  call void @llvm.x86.tileloadd64(i8 1, ptr %a, i64 64)
+  call void @llvm.x86.tdpbf16ps(i8 0, i8 1, i8 2)
+  ret void
+}""",
+    ),
+    "avx2": (
+        "vcvtph2ps",
+        """
+define void @f(ptr %a, ptr %b) {
+  %h = load <8 x half>, ptr %a
+  %s = fpext <8 x half> %h to <8 x float>
+  store <8 x float> %s, ptr %b
+  ret void
+}""",
+    ),
+    "neon": (
+        "fcvtl",
+        """
+define void @f(ptr %a, ptr %b) {
+  %h = load <4 x half>, ptr %a
+  %s = fpext <4 x half> %h to <4 x float>
+  store <4 x float> %s, ptr %b
+  ret void
+}""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _INTRINSICS)
+def test_promised_instructions_are_there(name: str) -> None:
+    instruction, text = _INTRINSICS[name]
+    assert instruction in engine.emit_assembly(text, target.get_target(name))
