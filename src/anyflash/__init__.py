@@ -1,8 +1,9 @@
 """Exact attention in linear memory, compiled on your machine for the device and framework you have.
 
-import anyflash as af
-out = af.attention(q, k, v, causal=True)          numpy arrays or torch tensors, (batch, seqlen, heads,
-head_dim)
+    import anyflash as af
+    out = af.attention(q, k, v, causal=True)
+
+q, k and v are numpy arrays or torch tensors (batch, seqlen, heads, head_dim).
 """
 
 from __future__ import annotations

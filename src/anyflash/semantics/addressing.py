@@ -15,6 +15,8 @@ from anyflash.core.device import CPU
 from anyflash.core.errors import InvalidCall
 from anyflash.core.view import View, contiguous_strides
 from anyflash.semantics.arrays import as_numpy
+from anyflash.semantics.operands import Operands
+from anyflash.semantics.problem import Problem
 
 LAYOUTS = {
     "bshd": ("batch", "seqlen", "heads", "head_dim"),
@@ -198,3 +200,15 @@ def _view(array: NDArray[np.int32]) -> View:
     return View(
         array.ctypes.data, array.shape, contiguous_strides(array.shape, 4), "int32", CPU, False, array
     )
+
+
+def sequence_lengths(problem: Problem, operands: Operands) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Queries and usable keys of each sequence, (batch,) both. `operands` are those that `describe` gave."""
+    if problem.addressing == "dense":
+        whole = np.ones(problem.batch, np.int64)
+        return whole * problem.seqlen_q, whole * problem.seqlen_k
+    starts_q, starts_k, used = operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k
+    assert starts_q is not None
+    assert starts_k is not None
+    k_lens = np.diff(as_numpy(starts_k)) if used is None else as_numpy(used)
+    return np.diff(as_numpy(starts_q)).astype(np.int64), k_lens.astype(np.int64)
