@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import math
 
-from anyflash.kernels.llvm import layout, philox, vmath
+from anyflash.kernels.llvm import layout, philox, tiles, vmath
 from anyflash.kernels.llvm.frame import Frame, Sequence
-from anyflash.kernels.llvm.gemm import Matrix, guarded_product, product
-from anyflash.kernels.llvm.ir import I1, I32, I64, Builder, Scalar, Value, Var
+from anyflash.kernels.llvm.gemm import Matrix
+from anyflash.kernels.llvm.ir import BYTES, I1, I32, I64, Builder, Scalar, Value, Var, vec
 from anyflash.kernels.llvm.scatter import Scatter
 from anyflash.kernels.llvm.spec import TASK_WORDS, Spec
 from anyflash.kernels.llvm.target import Target
@@ -37,8 +37,12 @@ def emit_backward(spec: Spec, target: Target) -> tuple[str, int]:
     """The function's IR and the bytes of scratch a thread needs beside the sums of dK and dV."""
     b = Builder(spec.part)
     kernel = _Backward(b, spec, target)
+    if spec.dot == "tiles":
+        tiles.configure(b, target)
     with b.forever() as done:
         kernel.task(b.atomic_increment(kernel.pointer("counter")), done)
+    if spec.dot == "tiles":
+        tiles.release(b, target)
     return b.text(), kernel.scratch_bytes
 
 
@@ -49,18 +53,31 @@ class _Backward(Frame):
         self.want_dq = spec.part in ("backward", "backward_dq")
         self.want_dkv = spec.part in ("backward", "backward_dkv")
         self.plain = self.score is None
+        self.unit = vmath.LOG2_E if self.plain else 1.0
         self.slope = None if self.score is None else derivative(self.score)
         self.width, self.width_v = self.dim * self.size, self.dim_v * self.size
-        self.q_rows = self.scratch(self.block_q * self.width)
-        self.do_rows = self.scratch(self.block_q * self.width_v)
-        self.q_t = self.scratch(spec.head_dim * self.row)
-        self.do_t = self.scratch(spec.head_dim_v * self.row)
+        form, dim, dim_v, block_q, block_k = (
+            self.form,
+            spec.head_dim,
+            spec.head_dim_v,
+            self.block_q,
+            spec.block_k,
+        )
+        self.q_rows = self.scratch(block_q * form.row_bytes(dim))
+        self.do_rows = self.scratch(block_q * form.row_bytes(dim_v))
+        self.q_t = self.scratch(form.depth(dim) * self.row)
+        self.do_t = self.scratch(form.depth(dim_v) * self.row)
+        self.q_pairs = self.scratch(form.token_bytes(block_q, dim))
+        self.do_pairs = self.scratch(form.token_bytes(block_q, dim_v))
         self.dq_t = self.scratch(self.dim * self.row)
-        self.s = self.scratch(spec.block_k * self.row)
-        self.ds = self.scratch(spec.block_k * self.row)
-        self.k_rows = self.scratch(spec.block_k * self.width)
-        self.v_rows = self.scratch(spec.block_k * self.width_v)
-        self.spare = self.scratch(self.block_q * max(self.width, self.width_v))
+        self.s = self.scratch(block_k * self.row)
+        self.ds = self.scratch(block_k * self.row)
+        # dS again, for the product that contracts keys, where the two products read different layouts.
+        self.ds_keys = self.scratch(block_k * self.row) if form.keys_together > 1 else self.ds
+        self.k_rows = self.scratch(block_k * form.row_bytes(dim))
+        self.v_rows = self.scratch(block_k * form.row_bytes(dim_v))
+        self.k_pairs = self.scratch(form.token_bytes(block_k, dim))
+        self.spare = self.scratch(block_q * max(self.width, self.width_v, form.row_bytes(dim_v)))
         self.m, self.log2_l, self.delta = (self.scratch(self.row) for _ in range(3))
         self.bad_q, self.bad_do = b.var(I1, False), b.var(I1, False)
         # The sums of dK and dV lie behind everything of fixed size.
@@ -88,7 +105,7 @@ class _Backward(Frame):
         key_end = b.min(task["key_end"], seq.k_len)
         keys = b.max(b.const(0, I64), key_end - task["key_begin"])
         if self.want_dkv:
-            whole = (keys + (self.spec.tile[0] - 1)) / self.spec.tile[0] * self.spec.tile[0]
+            whole = self.whole_keys(keys)
             layout.zero(b, self.dk_sums, whole * self.width, self.element, self.lanes)
             layout.zero(b, self.dv_sums, whole * self.width_v, self.element, self.lanes)
         with b.loop(0, group) as g:
@@ -110,19 +127,23 @@ class _Backward(Frame):
     def begin(self, seq: Sequence, head: Value, row: Value, rows: Value, block: Value) -> None:
         b, spec = self.b, self.spec
         token = seq.q_start + row
-        scale = self.number("scale")
-        scale = scale * vmath.LOG2_E if self.plain else scale
-        for name, rows_at, columns_at, width, dim, factor in (
-            ("q", self.q_rows, self.q_t, self.width, spec.head_dim, scale),
-            ("dout", self.do_rows, self.do_t, self.width_v, spec.head_dim_v, None),
+        form, block_q = self.form, self.block_q
+        # As in the forward: the scale goes into Q where its rows can hold it.
+        scale = self.number("scale") * self.unit if spec.dot == "number" else None
+        made: list[tuple[Matrix, Matrix]] = []
+        for name, dim, rows_at, columns_at, pairs_at, bad, factor in (
+            ("q", spec.head_dim, self.q_rows, self.q_t, self.q_pairs, self.bad_q, scale),
+            ("dout", spec.head_dim_v, self.do_rows, self.do_t, self.do_pairs, self.bad_do, None),
         ):
-            source = self.rows(name, seq.batch, token, head)
-            layout.pack_rows(b, source, rows_at, width, rows, self.block_q, self.element, self.lanes, factor)
-            layout.transpose(
-                b, rows_at, width, columns_at, self.row, spec.query_vectors, dim, self.element, self.lanes
-            )
-        self.bad_q.set(self.not_finite(self.q_rows, self.block_q * self.width))
-        self.bad_do.set(self.not_finite(self.do_rows, self.block_q * self.width_v))
+            stride = form.row_bytes(dim)
+            layout.pack_rows(
+                b, self.rows(name, seq.batch, token, head), rows_at, stride, rows, block_q, form.row_element,
+                form.row_lanes, factor,
+            )  # fmt: skip
+            columns = form.columns(rows_at, dim, columns_at)
+            made.append((columns, form.tokens_b(rows_at, dim, b.const(block_q, I64), pairs_at)))
+            bad.set(self.not_finite(rows_at, block_q * stride))
+        (self.q_columns, self.q_tokens), (self.do_columns, self.do_tokens) = made
         self.load_rows(seq, head, token, rows)
         if self.want_dq:
             layout.zero(b, self.dq_t, self.dim * self.row, self.element, self.lanes)
@@ -132,8 +153,12 @@ class _Backward(Frame):
     def load_rows(self, seq: Sequence, head: Value, token: Value, rows: Value) -> None:
         """m, log2 l and delta of every row; past the end, a row whose probabilities are all 0."""
         b = self.b
+        form = self.form
         source = self.rows("out", seq.batch, token, head)
-        layout.pack_rows(b, source, self.spare, self.width_v, rows, self.block_q, self.element, self.lanes)
+        stride = form.row_bytes(source.columns)
+        layout.pack_rows(b, source, self.spare, stride, rows, self.block_q, form.row_element, form.row_lanes)
+        stored = vec(form.row_element, self.lanes)
+        bytes_at_once = self.lanes * BYTES[form.row_element]
         for place, value in ((self.m, 0.0), (self.log2_l, math.inf), (self.delta, 0.0)):
             with b.loop(0, self.row, self.step) as offset:
                 b.store(b.const(value, self.vector), b.at(place, offset), self.size)
@@ -145,9 +170,11 @@ class _Backward(Frame):
             log2_l = b.load(self.element, b.at(at, self.word("stats_plane")))
             b.store(log2_l, b.at(self.log2_l, r * self.size), self.size)
             total = b.var(self.vector, b.const(0.0, self.vector))
-            with b.loop(0, self.width_v, self.step) as offset:
-                out = b.load(self.vector, b.at(b.at(self.spare, r * self.width_v), offset), self.size)
-                dout = b.load(self.vector, b.at(b.at(self.do_rows, r * self.width_v), offset), self.size)
+            with b.loop(0, stride, bytes_at_once) as offset:
+                out, dout = (
+                    layout.convert(b, b.load(stored, b.at(b.at(x, r * stride), offset)), self.element)
+                    for x in (self.spare, self.do_rows)
+                )
                 total.set(b.fma(out, dout, total.get()))
             delta = b.reduce("add", total.get())
             if dlse is not None:
@@ -183,8 +210,11 @@ class _Backward(Frame):
         )
 
     def finish_keys(self, seq: Sequence, kv_head: Value, first: Value, keys: Value) -> None:
-        # Q was packed with scale * log2(e) where there is no program.
-        factor = self.b.const(vmath.LN_2, self.element) if self.plain else None
+        # Where Q was packed with its scale, log2(e) is still to be taken out.
+        if self.spec.dot == "number":
+            factor = self.b.const(vmath.LN_2, self.element) if self.plain else None
+        else:
+            factor = self.number("scale")
         for name, sums, width, scale in (
             ("dk", self.dk_sums, self.width, factor),
             ("dv", self.dv_sums, self.width_v, None),
@@ -197,20 +227,23 @@ class _Backward(Frame):
         surely: Value, place: Value,
     ) -> None:  # fmt: skip
         b, spec = self.b, self.spec
-        tile_rows = spec.tile[0]
-        whole = (keys + (tile_rows - 1)) / tile_rows * tile_rows
+        whole = self.whole_keys(keys)
         partial = (surely ^ True) | b.compare("lt", keys, whole) | b.compare("lt", rows, self.block_q)
         k = self.block_of_rows("k", seq, kv_head, key, keys, whole, self.k_rows)
         v = self.block_of_rows("v", seq, kv_head, key, keys, whole, self.v_rows)
-        for source, width, columns, depth, target in (
-            (k, self.width, self.q_t, spec.head_dim, self.s),
-            (v, self.width_v, self.do_t, spec.head_dim_v, self.ds),
+        form = self.form
+        factor = None if spec.dot == "number" else self.number("scale") * self.unit
+        for source, dim, columns, target, scale in (
+            (k, spec.head_dim, self.q_columns, self.s, factor),
+            (v, spec.head_dim_v, self.do_columns, self.ds, None),
         ):
-            product(
-                b, self.dot, Matrix(source, width, self.size), Matrix(columns, self.row, self.step), whole,
-                spec.query_vectors, depth, tile=spec.tile,
-                start=lambda j, vector: b.const(0.0, self.vector),
-                finish=lambda j, vector, x, t=target: b.store(x, self.at(t, j, vector), self.size),
+
+            def store(j: Scalar, vector: int, x: Value, t: Value = target, f: Value | None = scale) -> None:
+                b.store(x if f is None else x * f, self.at(t, j, vector), self.size)
+
+            form.product(
+                form.dims_a(source, dim), columns, whole, spec.query_vectors, form.depth(dim),
+                lambda j, vector: b.const(0.0, self.vector), store,
             )  # fmt: skip
         b.choose(
             partial,
@@ -219,8 +252,8 @@ class _Backward(Frame):
         )
         if self.want_dkv:
             for left, right, width, sums, bad in (
-                (self.s, self.do_rows, self.width_v, self.dv_sums, self.bad_do),
-                (self.ds, self.q_rows, self.width, self.dk_sums, self.bad_q),
+                (self.s, self.do_tokens, self.width_v, self.dv_sums, self.bad_do),
+                (self.ds, self.q_tokens, self.width, self.dk_sums, self.bad_q),
             ):
                 self.add_keys(left, right, width, b.at(sums, place * width), whole, bad, partial)
         if self.want_dq:
@@ -237,6 +270,8 @@ class _Backward(Frame):
         fixed = [self.variables(seq, head, row, v) for v in self.vectors]
         words: dict[int, list[Value]] = {}
         zero = b.const(0.0, self.vector)
+        together = self.form.keys_together
+        waiting: dict[int, list[tuple[Value, Value]]] = {v: [] for v in self.vectors}
         if self.scatter is not None:
             self.scatter.begin_tile()
 
@@ -249,8 +284,7 @@ class _Backward(Frame):
             emitters = []
             grads = []
             for v in self.vectors:
-                s_at, ds_at = self.at(self.s, j, v), self.at(self.ds, j, v)
-                s, dp = b.load(self.vector, s_at, self.size), b.load(self.vector, ds_at, self.size)
+                s, dp = (b.load(self.vector, self.at(x, j, v), self.size) for x in (self.s, self.ds))
                 emit = self.emitter({**fixed[v], "k": b.min(k, b.to_int(seq.k_len, I32) - 1), "score": s})
                 if self.score is not None:
                     s = b.splat(emit(self.score), self.lanes) * vmath.LOG2_E
@@ -274,23 +308,32 @@ class _Backward(Frame):
                 if self.slope is not None:
                     through = ds * b.splat(emit(self.slope), self.lanes)
                     ds = through if live is None else b.select(live, through, zero)
-                b.store(kept_p, s_at, self.size)
-                b.store(ds, ds_at, self.size)
+                waiting[v].append((kept_p, ds))
+                if len(waiting[v]) == together:
+                    self.put(j - (together - 1), v, waiting[v])
+                    waiting[v] = []
             if self.scatter is not None:
                 self.scatter.add(emitters, grads)
 
-        self.each_pair(whole, 4 if self.spec.dropout else 1, pair)
+        self.each_pair(whole, 4 if self.spec.dropout else together, pair)
         if self.scatter is not None:
             self.scatter.finish_tile()
 
+    def put(self, key: Value, vector: int, values: list[tuple[Value, Value]]) -> None:
+        """P and dS of neighbouring keys, as the products read them."""
+        p, ds = [x for x, _ in values], [x for _, x in values]
+        if self.want_dkv:
+            self.form.put_a(self.s, key, vector, p)
+            self.form.put_a(self.ds, key, vector, ds)
+        if self.want_dq and (self.ds_keys is not self.ds or not self.want_dkv):
+            self.form.put_b(self.ds_keys, key, vector, ds)
+
     def add_keys(
-        self, left: Value, right: Value, width: int, sums: Value, whole: Value, bad: Var, partial: Value
+        self, left: Value, right: Matrix, width: int, sums: Value, whole: Value, bad: Var, partial: Value
     ) -> None:
         """sums[j] += sum_i left[j, i] * right[i]: rows of dK or dV."""
-        b = self.b
-        vectors = width // self.step
-        a, y = Matrix(left, self.row, self.size), Matrix(right, width, self.step)
-        columns = next(w for w in (3, 2, 1) if vectors % w == 0 and w <= self.spec.tile[1])
+        b, form, vectors = self.b, self.form, width // self.step
+        a, depth = form.queries_a(left), form.token_words(self.block_q)
 
         def place(j: Scalar, vector: int) -> Value:
             return b.at(b.at(sums, j * width), vector * self.step)
@@ -302,21 +345,17 @@ class _Backward(Frame):
             b.store(value, place(j, vector), self.size)
 
         self.with_guard(
-            lambda: product(
-                b, self.dot, a, y, whole, vectors, self.block_q, tile=(self.spec.tile[0], columns),
-                start=start, finish=finish,
-            ),
-            lambda: guarded_product(
-                b, self.dot, a, y, whole, vectors, self.block_q, probability="a", start=start, finish=finish
-            ),
+            lambda: form.product(a, right, whole, vectors, depth, start, finish),
+            lambda: form.guarded(a, right, whole, vectors, depth, "a", start, finish),
             bad.get,
             partial,
-        )  # fmt: skip
+        )
 
     def add_queries(self, k_rows: Value, whole: Value, partial: Value) -> None:
         """dQ^T += K^T dS."""
-        b, spec = self.b, self.spec
-        a, y = Matrix(k_rows, self.size, self.width), Matrix(self.ds, self.row, self.step)
+        b, form, dim, vectors = self.b, self.form, self.spec.head_dim, self.spec.query_vectors
+        a = form.tokens_a(k_rows, dim, whole, self.k_pairs)
+        y, depth = form.keys_b(self.ds_keys), form.token_words(whole)
 
         def start(d: Scalar, vector: int) -> Value:
             return b.load(self.vector, self.at(self.dq_t, d, vector), self.size)
@@ -325,14 +364,8 @@ class _Backward(Frame):
             b.store(value, self.at(self.dq_t, d, vector), self.size)
 
         self.with_guard(
-            lambda: product(
-                b, self.dot, a, y, spec.head_dim, spec.query_vectors, whole, tile=spec.tile, start=start,
-                finish=finish,
-            ),
-            lambda: guarded_product(
-                b, self.dot, a, y, spec.head_dim, spec.query_vectors, whole, probability="y", start=start,
-                finish=finish,
-            ),
-            lambda: self.not_finite(k_rows, whole * self.width),
+            lambda: form.product(a, y, dim, vectors, depth, start, finish),
+            lambda: form.guarded(a, y, dim, vectors, depth, "y", start, finish),
+            lambda: self.not_finite(k_rows, whole * form.row_bytes(dim)),
             partial,
-        )  # fmt: skip
+        )

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import math
 
-from anyflash.kernels.llvm import layout, philox, vmath
+from anyflash.kernels.llvm import layout, philox, tiles, vmath
 from anyflash.kernels.llvm.frame import Frame, Sequence
-from anyflash.kernels.llvm.gemm import Matrix, guarded_product, product
 from anyflash.kernels.llvm.ir import I32, I64, Builder, Scalar, Value, Var
 from anyflash.kernels.llvm.spec import Spec
 from anyflash.kernels.llvm.target import Target
@@ -34,8 +33,12 @@ def emit_forward(spec: Spec, target: Target) -> tuple[str, int]:
     """The function's IR and the bytes of scratch a thread needs."""
     b = Builder(NAME)
     kernel = _Forward(b, spec, target)
+    if spec.dot == "tiles":
+        tiles.configure(b, target)
     with b.forever() as done:
         kernel.task(b.atomic_increment(kernel.pointer("counter")), done)
+    if spec.dot == "tiles":
+        tiles.release(b, target)
     return b.text(), kernel.scratch_bytes
 
 
@@ -43,19 +46,21 @@ class _Forward(Frame):
     def __init__(self, b: Builder, spec: Spec, target: Target) -> None:
         super().__init__(b, spec, target)
         self.vectors = range(spec.query_vectors)
-        width = max(self.dim, self.dim_v) * self.size
-        self.q_rows = self.scratch(self.block_q * width)
-        self.q_t = self.scratch(spec.head_dim * self.row)
-        self.s = self.scratch(spec.block_k * self.row)
+        form, dim, dim_v, block_k = self.form, spec.head_dim, spec.head_dim_v, spec.block_k
+        self.q_rows = self.scratch(self.block_q * max(form.row_bytes(dim), self.dim_v * self.size))
+        self.q_t = self.scratch(form.depth(dim) * self.row)
+        self.s = self.scratch(block_k * self.row)
         self.o_t = self.scratch(self.dim_v * self.row)
-        self.k_rows = self.scratch(spec.block_k * self.dim * self.size)
-        self.v_rows = self.scratch(spec.block_k * self.dim_v * self.size)
+        self.k_rows = self.scratch(block_k * form.row_bytes(dim))
+        self.v_rows = self.scratch(block_k * form.row_bytes(dim_v))
+        self.v_pairs = self.scratch(form.token_bytes(block_k, dim_v))
         self.per_row = self.scratch(4 * self.row)  # 1 / l, lse, pivot, log2 l
         self.m = [b.var(self.vector) for _ in self.vectors]
         self.l = [b.var(self.vector) for _ in self.vectors]
         self.best = [b.var(self.vector) for _ in self.vectors]
-        # Without a program, log2(e) is folded into Q and the products give S as it is used.
+        # Without a program the products give S in units of log2.
         self.plain = self.score is None
+        self.unit = vmath.LOG2_E if self.plain else 1.0
 
     def task(self, number: Value, done: str) -> None:
         b, blocks = self.b, self.word("num_q_blocks")
@@ -79,15 +84,14 @@ class _Forward(Frame):
     def begin(self, seq: Sequence, head: Value, row: Value, rows: Value) -> None:
         """Q^T, scaled; the empty softmax state, or that of the sink."""
         b = self.b
-        scale = self.number("scale")
-        width = self.dim * self.size
-        scale = scale * vmath.LOG2_E if self.plain else scale
         source = self.rows("q", seq.batch, seq.q_start + row, head)
-        layout.pack_rows(b, source, self.q_rows, width, rows, self.block_q, self.element, self.lanes, scale)
-        layout.transpose(
-            b, self.q_rows, width, self.q_t, self.row, self.spec.query_vectors, self.spec.head_dim,
-            self.element, self.lanes,
+        scale = None if self.spec.dot != "number" else self.number("scale") * self.unit
+        form = self.form
+        layout.pack_rows(
+            b, source, self.q_rows, form.row_bytes(source.columns), rows, self.block_q, form.row_element,
+            form.row_lanes, scale,
         )  # fmt: skip
+        self.q_columns = form.columns(self.q_rows, source.columns, self.q_t)
         layout.zero(b, self.o_t, self.dim_v * self.row, self.element, self.lanes)
         m: Value = b.const(-math.inf, self.element)
         l: Value = b.const(0.0, self.element)
@@ -103,8 +107,7 @@ class _Forward(Frame):
 
     def tile(self, seq: Sequence, head: Value, row: Value, key: Value, keys: Value, surely: Value) -> None:
         b = self.b
-        tile_rows = self.spec.tile[0]
-        whole = (keys + (tile_rows - 1)) / tile_rows * tile_rows
+        whole = self.whole_keys(keys)
         kv_head = head / self.word("group")
         partial = (surely ^ True) | b.compare("lt", keys, whole)
         k = self.block_of_rows("k", seq, kv_head, key, keys, whole, self.k_rows)
@@ -112,15 +115,18 @@ class _Forward(Frame):
         for best, m in zip(self.best, self.m, strict=True):
             best.set(m.get())
 
+        # Rows in the pair form cannot hold the scale.
+        factor = None if self.spec.dot == "number" else self.number("scale") * self.unit
+
         def store_score(j: Scalar, vector: int, s: Value) -> None:
+            s = s if factor is None else s * factor
             if self.plain:
                 self.best[vector].set(b.max(s, self.best[vector].get()))
             b.store(s, self.score_at(j, vector), self.size)
 
-        product(
-            b, self.dot, Matrix(k, self.dim * self.size, self.size), Matrix(self.q_t, self.row, self.step),
-            whole, self.spec.query_vectors, self.spec.head_dim, tile=self.spec.tile,
-            start=lambda j, v: b.const(0.0, self.vector), finish=store_score,
+        self.form.product(
+            self.form.dims_a(k, self.spec.head_dim), self.q_columns, whole, self.spec.query_vectors,
+            self.form.depth(self.spec.head_dim), lambda j, v: b.const(0.0, self.vector), store_score,
         )  # fmt: skip
         if self.plain:
             with b.when(partial):
@@ -175,18 +181,22 @@ class _Forward(Frame):
             pivots.append(pivot)
             sums.append(b.var(self.vector, b.const(0.0, self.vector)))
         words: dict[int, list[Value]] = {}
+        together = self.form.keys_together
+        waiting: dict[int, list[Value]] = {v: [] for v in self.vectors}
 
         def pair(j: Value, u: int) -> None:
             for v in self.vectors:
-                place = self.score_at(j, v)
-                p = self.exp2(b.load(self.vector, place, self.size) - pivots[v])
+                p = self.exp2(b.load(self.vector, self.score_at(j, v), self.size) - pivots[v])
                 sums[v].set(sums[v].get() + p)
                 if self.spec.dropout:
                     if u == 0:
                         words[v] = self.random(seq, head, row, key + j, v)
                     keep = philox.kept(b, words[v][u], b.to_int(self.word("drop_threshold"), I32))
                     p = b.select(keep, p, b.const(0.0, self.vector))
-                b.store(p, place, self.size)
+                waiting[v].append(p)
+                if len(waiting[v]) == together:
+                    self.form.put_b(self.s, j - (together - 1), v, waiting[v])
+                    waiting[v] = []
 
         self.each_pair(whole, 4, pair)
         for v in self.vectors:
@@ -196,8 +206,9 @@ class _Forward(Frame):
     def accumulate(self, v_rows: Value, whole: Value, rescale: list[Value], partial: Value) -> None:
         """O = rescale * O + V^T P."""
         b = self.b
-        v = Matrix(v_rows, self.size, self.dim_v * self.size)
-        p = Matrix(self.s, self.row, self.step)
+        form, dim_v = self.form, self.spec.head_dim_v
+        v = form.tokens_a(v_rows, dim_v, whole, self.v_pairs)
+        p, depth = form.keys_b(self.s), form.token_words(whole)
 
         def place(d: Scalar, vector: int) -> Value:
             return b.at(b.at(self.o_t, d * self.row), vector * self.step)
@@ -208,20 +219,11 @@ class _Forward(Frame):
         def finish(d: Scalar, vector: int, value: Value) -> None:
             b.store(value, place(d, vector), self.size)
 
-        def fast() -> None:
-            product(
-                b, self.dot, v, p, self.spec.head_dim_v, self.spec.query_vectors, whole, tile=self.spec.tile,
-                start=start, finish=finish,
-            )  # fmt: skip
-
-        def guarded() -> None:
-            guarded_product(
-                b, self.dot, v, p, self.spec.head_dim_v, self.spec.query_vectors, whole, probability="y",
-                start=start, finish=finish,
-            )  # fmt: skip
-
         self.with_guard(
-            fast, guarded, lambda: self.not_finite(v_rows, whole * (self.dim_v * self.size)), partial
+            lambda: form.product(v, p, dim_v, self.spec.query_vectors, depth, start, finish),
+            lambda: form.guarded(v, p, dim_v, self.spec.query_vectors, depth, "y", start, finish),
+            lambda: self.not_finite(v_rows, whole * form.row_bytes(dim_v)),
+            partial,
         )
 
     def finish(self, seq: Sequence, head: Value, row: Value, rows: Value) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from anyflash.kernels.llvm import layout, philox, vmath
 from anyflash.kernels.llvm.bounds import Instructions
 from anyflash.kernels.llvm.emit import Emitter, TableAccess
-from anyflash.kernels.llvm.gemm import Dot, fma_dot
+from anyflash.kernels.llvm.form import Form, PairForm
 from anyflash.kernels.llvm.ir import BYTES, DOUBLE, FLOAT, I1, I32, I64, PTR, Builder, Scalar, Value, vec
 from anyflash.kernels.llvm.layout import UserRows, padded
 from anyflash.kernels.llvm.spec import Spec, argument_names
@@ -50,7 +50,12 @@ class Frame:
         self.step = self.lanes * self.size
         self.block_q = spec.query_vectors * self.lanes
         self.row = self.block_q * self.size  # bytes of one row of a transposed scratch matrix
-        self.dot: Dot = fma_dot(self.element, self.lanes)
+        common = b, self.element, self.lanes, self.row, spec.tile
+        self.form = (
+            Form(*common)
+            if spec.dot == "number"
+            else PairForm(*common, target=target, tiled=spec.dot == "tiles")
+        )
         self.dim = padded(spec.head_dim, self.lanes)
         self.dim_v = padded(spec.head_dim_v, self.lanes)
         self.score = parse(spec.score) if spec.score else None
@@ -120,15 +125,14 @@ class Frame:
 
         `whole` rows are readable afterwards, those from `valid` on being zero.
         """
-        b, source = self.b, self.rows(array, seq.batch, seq.k_start + first, head)
-        width = self.dim if array == "k" else self.dim_v
-        stride = width * self.size
+        b, form = self.b, self.form
+        source = self.rows(array, seq.batch, seq.k_start + first, head)
+        stride = form.row_bytes(source.columns)
 
         def pack() -> None:
-            layout.pack_rows(b, source, spare, stride, valid, whole, self.element, self.lanes)
+            layout.pack_rows(b, source, spare, stride, valid, whole, form.row_element, form.row_lanes)
 
-        same = ("float32", FLOAT), ("float64", DOUBLE)
-        if not source.dense or (self.spec.dtype, self.element) not in same or source.columns != width:
+        if not source.dense or not form.same_memory(self.spec.dtype, source.columns):
             pack()
             return spare
         place = b.var(PTR, source.pointer)
@@ -137,6 +141,11 @@ class Frame:
             pack()
             place.set(spare)
         return place.get()
+
+    def whole_keys(self, keys: Value) -> Value:
+        """`keys` rounded up to what the products take."""
+        granule = self.form.key_granule
+        return (keys + (granule - 1)) / granule * granule
 
     def tile_class(
         self, seq: Sequence, head: Value, row: Value, rows: Value, key: Value, keys: Value
@@ -257,7 +266,7 @@ class Frame:
         b.choose(guard.get(), guarded, fast)
 
     def not_finite(self, rows: Value, size: Scalar) -> Value:
-        return layout.all_finite(self.b, rows, size, self.element, self.lanes) ^ True
+        return self.form.finite(rows, size) ^ True
 
     def exp2(self, x: Value) -> Value:
         """2**x of softmax: a degree less than full accuracy is below the rounding of the sum."""

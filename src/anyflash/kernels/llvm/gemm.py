@@ -44,6 +44,11 @@ class Dot:
         """acc + x * y for vectors of words."""
         if self.kind == "fma":
             return b.fma(x, y, acc)
+        if self.kind == "bf16_pair_written_out":
+            for shift in (0, 16):
+                left, right = (b.bitcast((word >> shift) << 16, self.vector) for word in (x, y))
+                acc = b.fma(left, right, acc)
+            return acc
         pairs = f"<{2 * self.lanes} x bfloat>"
         return b.call(
             self.vector,
@@ -55,11 +60,13 @@ class Dot:
 
 
 def fma_dot(element: str, lanes: int) -> Dot:
+    """One multiply-add of numbers."""
     return Dot("fma", element, element, lanes)
 
 
-def bf16_pair_dot(lanes: int) -> Dot:
-    return Dot("bf16_pair", I32, FLOAT, lanes)
+def bf16_pair_dot(lanes: int, native: bool) -> Dot:
+    """Without the instruction (`native`), two multiply-adds of the pair's halves."""
+    return Dot("bf16_pair" if native else "bf16_pair_written_out", I32, FLOAT, lanes)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def transpose(
     source_stride: int,
     target: Value,
     target_stride: int,
-    row_vectors: int,
+    row_vectors: Scalar,
     columns: int,
     element: str,
     lanes: int,

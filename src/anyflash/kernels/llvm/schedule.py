@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anyflash.kernels.llvm.spec import TASK_WORDS, Part, Spec, TableCode
+from anyflash.kernels.llvm.spec import TASK_WORDS, Dot, Part, Spec, TableCode
 from anyflash.kernels.llvm.target import Target, get_target
 from anyflash.semantics.expr import Expr, walk
 from anyflash.semantics.problem import Problem
@@ -42,18 +42,32 @@ def block_q(problem: Problem, target_name: str) -> int:
     return query_vectors(target, problem) * lanes(target, problem.dtype)
 
 
+def dot(target: Target, dtype: str) -> Dot:
+    """bfloat16 goes in pairs where the machine has instructions for them."""
+    if dtype == "bfloat16" and target.vector_bytes == 64:
+        return "tiles" if target.tiles else "pair" if target.bf16_dot else "number"
+    return "number"
+
+
 def query_vectors(target: Target, problem: Problem) -> int:
+    """Vectors of queries a block.
+
+    Pairs of keys are interleaved anew for every block of queries, so the pair forms take blocks twice as
+    long. Tiles come two by two.
+    """
     width = lanes(target, problem.dtype)
     needed = -(-problem.seqlen_q // width)
-    # Narrow vectors need more of them for a key block to be read often enough.
-    most = 3 if width >= 8 else 6
-    return max(1, min(most, needed))
+    kind = dot(target, problem.dtype)
+    if kind == "tiles":
+        return max(2, min(6, needed + needed % 2))
+    most = 3 if width >= 8 and kind == "number" else 6
+    return most if needed > 3 else max(1, needed)
 
 
-def bounds_block(target: Target) -> int:
+def bounds_block(block_q: int) -> int:
     """Granularity of the bounds of table blocks: at least a tile in either direction, so that it meets two at
     most."""
-    return BLOCK_K
+    return max(BLOCK_K, -(-block_q // BLOCK_K) * BLOCK_K)
 
 
 def table_codes(problem: Problem, gradients: bool) -> tuple[TableCode, ...]:
@@ -97,6 +111,7 @@ def variables(expr: Expr) -> set[str]:
 
 def make_spec(problem: Problem, part: Part, target: Target, dense: frozenset[str], dlse: bool) -> Spec:
     program = problem.program
+    vectors = query_vectors(target, problem)
     return Spec(
         part=part,
         dtype=problem.dtype,
@@ -109,10 +124,11 @@ def make_spec(problem: Problem, part: Part, target: Target, dense: frozenset[str
         sinks=program.sinks,
         dlse=dlse,
         dense=dense,
-        query_vectors=query_vectors(target, problem),
+        query_vectors=vectors,
         block_k=BLOCK_K,
+        dot=dot(target, problem.dtype),
         tile=tile(target),
-        bounds_block=bounds_block(target),
+        bounds_block=bounds_block(vectors * lanes(target, problem.dtype)),
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+Dot = Literal["number", "pair", "tiles"]
 Part = Literal["forward", "backward", "backward_dq", "backward_dkv"]
 ARRAYS: Mapping[Part, tuple[str, ...]] = {
     "forward": ("q", "k", "v", "out"),
@@ -35,7 +36,8 @@ class TableCode:
 @dataclass(frozen=True, slots=True)
 class Spec:
     """`dense` names the arrays whose head_dim is contiguous. Tile sizes: `query_vectors` vectors of queries
-    by `block_k` keys; `tile` is the register tile of the products (rows, vectors)."""
+    by `block_k` keys; `dot` is the form of the products' operands (see form) and `tile` their register tile
+    (rows, vectors)."""
 
     part: Part
     dtype: str
@@ -50,6 +52,7 @@ class Spec:
     dense: frozenset[str]
     query_vectors: int
     block_k: int
+    dot: Dot
     tile: tuple[int, int]
     bounds_block: int
 
