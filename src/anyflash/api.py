@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyflash.core.dtypes import ITEMSIZE, kind
 from anyflash.core.errors import InvalidCall
-from anyflash.dispatch.explain import Explanation
-from anyflash.dispatch.explain import explain as explain_problem
 from anyflash.frontends import registry
 from anyflash.frontends.base import Frontend, Request, describe_request
 from anyflash.semantics.checks import check_merge
 from anyflash.semantics.describe import describe_program
 from anyflash.semantics.expr import At, Expr, Table
+
+if TYPE_CHECKING:
+    from anyflash.dispatch.explain import Explanation
 
 Window = tuple[int | None, int | None] | None
 Score = Callable[[Expr, At], Any] | None
@@ -262,6 +263,8 @@ def explain(
         >>> print(af.explain(q, q, q, causal=True, backend="reference"))  # doctest: +ELLIPSIS
         attention of q (1, 256, 2, 64), ...
     """
+    from anyflash.dispatch import explain as explaining
+
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None or seqused_k is not None
     frontend, request = _request(
         (q, k, v),
@@ -281,7 +284,7 @@ def explain(
         deterministic,
         backend,
     )
-    return explain_problem(*describe_request(frontend, request), backend)
+    return explaining.explain(*describe_request(frontend, request), backend)
 
 
 def table(array: Any) -> Table:

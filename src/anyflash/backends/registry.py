@@ -7,7 +7,6 @@ refusal show it.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,6 +35,8 @@ class Entry:
 @lru_cache(maxsize=1)
 def entries() -> dict[str, Entry]:
     """Every backend by name, the preferred first. Imported once for the process."""
+    import pkgutil  # here, because only a first call needs it
+
     found = [
         _load(module.name)
         for module in pkgutil.iter_modules(anyflash.backends.__path__)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def _cache_dir() -> Path:
+    from pathlib import Path  # here, because `import anyflash` needs no path
+
     given = os.environ.get("ANYFLASH_CACHE_DIR")
     if given:
         return Path(given)

@@ -7,7 +7,6 @@ named after its framework's module with an underscore behind it.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -42,6 +41,8 @@ def same(frontend: Frontend, argument: str, array: Any) -> None:
 @lru_cache(maxsize=1)
 def frameworks() -> tuple[str, ...]:
     """Names of the frameworks that have a frontend here, imported or not."""
+    import pkgutil  # here, because only a first call needs it
+
     files = pkgutil.iter_modules(anyflash.frontends.__path__)
     return tuple(sorted(file.name[:-1] for file in files if file.name.endswith("_")))
 
