@@ -6,6 +6,8 @@ import doctest
 import inspect
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,11 @@ def test_names() -> None:
     assert promised <= set(af.__all__)
     assert all(hasattr(af, name) for name in af.__all__)
     assert "torch" in dir(af)
+
+
+def test_version_is_the_packages() -> None:
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    assert tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] == af.__version__
 
 
 def test_frameworks_are_attributes_imported_when_asked_for() -> None:

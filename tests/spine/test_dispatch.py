@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,9 @@ def test_folder_is_the_table() -> None:
     assert registry.entries()["reference"].reason is None
 
 
-def test_broken_file_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_file_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "absent.py").write_text("import a_library_that_nobody_has\n")
     (tmp_path / "misnamed.py").write_text("class B:\n    name = 'other'\n    rank = 1\nBACKEND = B()\n")
     (tmp_path / "empty.py").write_text("")
@@ -99,6 +102,7 @@ def test_broken_file_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "empty": "cannot be loaded: AttributeError: "
             "module 'anyflash.backends.empty' has no attribute 'BACKEND'",
         }
+        assert "backend absent cannot be loaded: ModuleNotFoundError" in caplog.text
         with pytest.raises(BackendBroken, match="a_library_that_nobody_has") as caught:
             af.attention(Q, Q, Q, backend="absent")
         assert isinstance(caught.value.__cause__, ModuleNotFoundError)
@@ -189,3 +193,15 @@ def test_configured_once_a_problem(backends: Any) -> None:
 def test_reference_refuses_other_devices() -> None:
     with pytest.raises(Unsupported, match="cuda:1"):
         choose(PROBLEM, Device("cuda", 1), "reference")
+
+
+def test_log_names_the_call_before_it_runs(backends: Any, caplog: pytest.LogCaptureFixture) -> None:
+    backends(Fake("a", fails=ZeroDivisionError("a bug")))
+    with caplog.at_level(logging.DEBUG, "anyflash"), pytest.raises(BackendBroken):
+        af.attention(Q, Q, Q)
+    planned, called = caplog.messages
+    assert planned == (
+        "plan: a runs attention of q (1, 3, 2, 4), k (1, 3, 2, 4), v (1, 3, 2, 4) in float32 on cpu, "
+        "config config"
+    )
+    assert called.startswith("forward on a: Problem(")

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import anyflash.backends
 from anyflash.backends.base import Backend
+from anyflash.core.log import logger
 
 _NOT_BACKENDS = frozenset({"base", "registry"})
 
@@ -46,12 +47,13 @@ def entries() -> dict[str, Entry]:
 
 
 def _load(name: str) -> Entry:
-    # Anything may go wrong in a backend's own imports, such as a broken driver; it is kept and shown.
+    # Anything may go wrong in a backend's own imports, such as a broken driver; it is kept and told.
     try:
         backend: Backend = importlib.import_module(f"{anyflash.backends.__name__}.{name}").BACKEND
         if backend.name != name:
             raise ValueError(f"the backend in {name}.py calls itself {backend.name!r}")
     except Exception as error:  # noqa: BLE001
+        logger.warning("backend %s cannot be loaded: %s: %s", name, type(error).__name__, error)
         return Entry(name, None, error)
     return Entry(name, backend)
 

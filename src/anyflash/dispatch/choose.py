@@ -6,7 +6,6 @@ from anyflash.backends import registry
 from anyflash.backends.base import Backend
 from anyflash.core.device import Device
 from anyflash.core.errors import BackendBroken, InvalidCall, Unsupported
-from anyflash.core.log import logger
 from anyflash.semantics.problem import Problem
 
 
@@ -38,8 +37,6 @@ def choose(problem: Problem, device: Device, backend: str | None = None) -> Back
             declined[entry.name] = why
             continue
         assert entry.backend is not None
-        if any(registry_entry.backend is None for registry_entry in entries.values()):
-            logger.warning("%s runs; broken backends: %s", entry.name, declined)
         return entry.backend
     raise Unsupported(summary(problem, device), declined, _hint(device))
 

@@ -14,6 +14,7 @@ from anyflash.backends.base import Backend
 from anyflash.core.device import Device
 from anyflash.core.errors import InvalidCall
 from anyflash.dispatch.choose import reasons, summary
+from anyflash.dispatch.plan import guard
 from anyflash.semantics import text
 from anyflash.semantics.addressing import sequence_lengths
 from anyflash.semantics.arrays import as_numpy
@@ -75,6 +76,9 @@ class Explanation:
         for name, source in (("score", program.score), ("mask", program.mask)):
             if source is not None:
                 rows[name] = text.pretty(text.parse(source))
+        if self.problem.tables:
+            tables = enumerate(self.problem.tables)
+            rows["tables"] = ", ".join(f"table{slot} {spec.dtype} {spec.shape}" for slot, spec in tables)
         rows["tiles"] = self.tiles or "unknown: the mask reads tables outside host memory"
         cost = self.cost
         rows["operations"] = (
@@ -111,8 +115,11 @@ def explain(problem: Problem, operands: Operands, backend: str | None = None) ->
             declined[name] = why
         else:
             chosen = entry.backend
-    config = None if chosen is None else chosen.configure(problem)
-    facts = {} if chosen is None else dict(chosen.explain(problem, config))
+    config: Any = None
+    facts: dict[str, Any] = {}
+    if chosen is not None:
+        config = guard(chosen, "configuring", chosen.configure, problem)
+        facts.update(guard(chosen, "explaining itself", chosen.explain, problem, config))
     tiles = count_tiles(problem, operands, facts.pop("block_q", _BLOCK), facts.pop("block_k", _BLOCK))
     kept = 1.0 if tiles is None or not tiles.total else 1 - tiles.empty / tiles.total
     lengths = None

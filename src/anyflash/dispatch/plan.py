@@ -35,7 +35,7 @@ def plan(problem: Problem, device: Device, backend: str | None = None) -> Plan:
     found = _plans.get(key)
     if found is None:
         chosen = choose(problem, device, backend)
-        config = _guard(chosen, "configuring", chosen.configure, problem)
+        config = guard(chosen, "configuring", chosen.configure, problem)
         found = Plan(problem, device, chosen, config)
         logger.info("plan: %s runs %s, config %s", chosen.name, summary(problem, device), config)
         if len(_plans) >= _MAX_KEPT:
@@ -67,9 +67,7 @@ def execute_forward(made: Plan, operands: Operands, results: Results) -> None:
     check_forward(made.problem, results)
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("forward on %s: %r %r", made.backend.name, made.problem, operands)
-    _guard(
-        made.backend, "running forward", made.backend.forward, made.problem, made.config, operands, results
-    )
+    guard(made.backend, "running forward", made.backend.forward, made.problem, made.config, operands, results)
 
 
 def execute_backward(made: Plan, operands: Operands, saved: Saved, grads: Gradients) -> None:
@@ -77,7 +75,7 @@ def execute_backward(made: Plan, operands: Operands, saved: Saved, grads: Gradie
     check_backward(made.problem, saved, grads)
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("backward on %s: %r %r %r", made.backend.name, made.problem, operands, saved)
-    _guard(
+    guard(
         made.backend,
         "running backward",
         made.backend.backward,
@@ -89,7 +87,7 @@ def execute_backward(made: Plan, operands: Operands, saved: Saved, grads: Gradie
     )
 
 
-def _guard(backend: Backend, doing: str, function: Any, *args: Any) -> Any:
+def guard(backend: Backend, doing: str, function: Any, *args: Any) -> Any:
     """Call a backend; what it fails with is told as the backend's failure, with the cause chained."""
     try:
         return function(*args)
