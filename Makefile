@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ANYFLASH := $(BIN)/anyflash
-FAST := tests/architecture tests/core tests/semantics tests/cli tests/docs
+FAST := tests/architecture tests/core tests/semantics tests/spine tests/cli tests/docs
 
 .PHONY: demo test check bench verify format clean
 .DELETE_ON_ERROR:
