@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from anyflash.core.device import Device
 from anyflash.core.errors import InvalidCall
+from anyflash.core.threads import num_threads
 from anyflash.core.view import View
 from anyflash.semantics.arrays import as_numpy
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
 
-_MAX_KEPT = 1024
+_MAX_KEPT = 256  # launches a problem
+
+
+# Below this many multiply-adds a call is over before a second thread has woken up.
+_ALONE = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The instruction set that kernels are compiled for."""
+    """The instruction set that kernels are compiled for. `launches` keeps what was prepared for strides met
+    before."""
 
     target: str
+    launches: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class CpuBackend:
     name = "cpu"
     rank: int | None = 10
     accepts = "memory"
-
-    def __init__(self) -> None:
-        self._launches: dict[Any, Any] = {}
 
     def available(self) -> str | None:
         from anyflash.kernels.llvm.target import host_target
@@ -54,7 +58,7 @@ class CpuBackend:
         return Config(host_target().name)
 
     def forward(self, problem: Problem, config: Config, operands: Operands, results: Results) -> None:
-        from anyflash.kernels.llvm import launch, pool
+        from anyflash.kernels.llvm import launch
 
         if problem.batch == 0 or 0 in results.out.shape:
             return
@@ -62,14 +66,14 @@ class CpuBackend:
         rows = {"lse": results.lse, "stats": results.stats}
         work = self._launch(problem, "forward", config, arrays, rows, operands.tables, {})
         tasks = problem.batch * problem.heads_q * work.num_q_blocks
-        work.run(operands, launch.addresses([*arrays.items(), *rows.items()]), tasks, pool.num_threads(), 0)
+        work.run(operands, launch.addresses([*arrays.items(), *rows.items()]), tasks, _threads(problem), 0)
 
     def backward(
         self, problem: Problem, config: Config, operands: Operands, saved: Saved, grads: Gradients
     ) -> None:
-        from anyflash.kernels.llvm import pool, schedule
+        from anyflash.kernels.llvm import schedule
 
-        threads = pool.num_threads()
+        threads = _threads(problem)
         number = np.float64 if problem.dtype == "float64" else np.float32
         sums = schedule.table_sums(problem)
         totals: dict[int, np.ndarray] = {}
@@ -154,27 +158,26 @@ class CpuBackend:
         gradient_strides: dict[int, tuple[int, ...]],
     ) -> Any:
         key = (
-            problem,
             part,
-            config.target,
-            tuple(v.strides for v in arrays.values()),
-            tuple((n, v.strides) for n, v in rows.items()),
-            tuple(v.strides for v in tables),
-            tuple(gradient_strides.items()),
+            *[v.strides for v in arrays.values()],
+            *rows,
+            *[v.strides for v in rows.values()],
+            *[v.strides for v in tables],
+            *gradient_strides.items(),
         )
-        found = self._launches.get(key)
+        found = config.launches.get(key)
         if found is None:
             from anyflash.kernels.llvm.launch import Launch
             from anyflash.kernels.llvm.target import get_target
 
             found = Launch(problem, part, get_target(config.target), arrays, rows, tables, gradient_strides)
-            if len(self._launches) >= _MAX_KEPT:
-                self._launches.clear()
-            self._launches[key] = found
+            if len(config.launches) >= _MAX_KEPT:
+                config.launches.clear()
+            config.launches[key] = found
         return found
 
     def explain(self, problem: Problem, config: Config) -> dict[str, Any]:
-        from anyflash.kernels.llvm import pool, schedule
+        from anyflash.kernels.llvm import schedule
         from anyflash.kernels.llvm.target import get_target
 
         target = get_target(config.target)
@@ -184,11 +187,14 @@ class CpuBackend:
             "block_q": block_q,
             "block_k": schedule.BLOCK_K,
             "register tile": schedule.tile(target),
-            "threads": pool.num_threads(),
-            "backward": " + ".join(
-                w.part for w in schedule.backward_walks(problem, block_q, pool.num_threads())
-            ),
+            "threads": num_threads(),
+            "backward": " + ".join(w.part for w in schedule.backward_walks(problem, block_q, num_threads())),
         }
+
+
+def _threads(problem: Problem) -> int:
+    work = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
+    return 1 if work * (problem.head_dim + problem.head_dim_v) < _ALONE else num_threads()
 
 
 BACKEND = CpuBackend()

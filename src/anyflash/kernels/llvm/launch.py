@@ -26,7 +26,6 @@ from anyflash.semantics.operands import Operands
 from anyflash.semantics.problem import Problem
 
 _COUNTER_WORDS = 16  # the task counter has a cache line of its own behind the arguments
-_ROW_ARRAYS = ("lse", "stats", "dlse")
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,10 @@ class Launch:
         self.block_q = self.spec.query_vectors * self.lanes
         self.size = 8 if problem.dtype == "float64" else 4
         self.num_q_blocks = -(-problem.seqlen_q // self.block_q)
-        self.block = ArgumentBlock(self.spec, self._fixed(arrays, rows, tables, gradient_strides))
         self.sequences = None if problem.addressing == "varlen" else _dense_sequences(problem)
+        self.block = ArgumentBlock(self.spec, self._fixed(arrays, rows, tables, gradient_strides))
+        width = sum(padded(d, self.lanes) for d in (problem.head_dim, problem.head_dim_v))
+        self.bytes_a_key = width * self.size
 
     def _fixed(
         self,
@@ -102,6 +103,8 @@ class Launch:
             "drop_threshold": round(p * 2**32),
             "sinks_stride": self.size,
         }
+        if self.sequences is not None:
+            values["sequences"] = self.sequences.ctypes.data
         for name in ARRAYS[self.part]:
             # Packed arrays have no batch axis: their sequences start at a token.
             strides = arrays[name].strides if arrays[name].ndim == 4 else (0, *arrays[name].strides)
@@ -132,10 +135,10 @@ class Launch:
             return
         kept: list[object] = []
         values = addresses
-        sequences = self.sequences
-        if sequences is None:
+        if self.sequences is None:
             sequences = _packed_sequences(self.problem, operands)
-        values["sequences"] = sequences.ctypes.data
+            kept.append(sequences)
+            values["sequences"] = sequences.ctypes.data
         values["num_tasks"] = num_tasks
         values["acc_keys"] = acc_keys
         if self.spec.dropout:
@@ -156,13 +159,8 @@ class Launch:
                 values[f"bounds{i}"] = bounds.ctypes.data
                 for a in range(view.ndim):
                     values[f"bounds{i}_stride{a}"] = bounds.strides[a]
-        sums = (
-            acc_keys
-            * self.size
-            * sum(padded(d, self.lanes) for d in (self.problem.head_dim, self.problem.head_dim_v))
-        )
         with pool.lease(min(threads, num_tasks)) as team:
-            scratch = team.scratch(self.code.scratch_bytes + sums)
+            scratch = team.scratch(self.code.scratch_bytes + acc_keys * self.bytes_a_key)
             places = (ctypes.c_int64 * len(scratch))(*scratch)
             values["scratch"] = ctypes.addressof(places)
             block = self.block.fill(values)
