@@ -1,0 +1,119 @@
+"""Where a plain attention stands and how precisely it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from anyflash.contract.poison import numpy_dtype
+from anyflash.core.dtypes import accumulate
+
+
+ORDERS = 4
+"""Ways in which plain attention is summed. One way may be right by luck, most of all where a result has few elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Operations are carried out in `work`, and each result is rounded to `rounds_to`, where given.
+
+    `order` 0 is the usual way. The others add one term after the other, those above 1 with the keys and the head
+    dimension shuffled; odd ones put the scale on k instead of q, exponentiate in base 2 and take the probabilities from the
+    logarithm of the sum, as a backward does. All are the same attention, rounded differently.
+    """
+
+    work: np.dtype
+    rounds_to: np.dtype | None = None
+    order: int = 0
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return x if self.rounds_to is None else x.astype(self.rounds_to).astype(self.work)
+
+    @property
+    def odd(self) -> bool:
+        return self.order % 2 == 1
+
+    def shuffle(self, count: int) -> np.ndarray:
+        """The order in which `count` things are taken."""
+        if self.order < 2:
+            return np.arange(count)
+        return np.random.default_rng(self.order).permutation(count)
+
+    def sum(self, x: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """Over some axes, which are dropped: numpy's pairwise sums, or one term after the other."""
+        axes = tuple(axes)
+        if not self.order or not x.size:
+            return x.sum(axis=axes)
+        rest = tuple(i for i in range(x.ndim) if i not in axes)
+        rows = x.transpose(*rest, *axes).reshape(*(x.shape[i] for i in rest), -1)
+        return np.add.accumulate(rows[..., self.shuffle(rows.shape[-1])], axis=-1)[..., -1]
+
+    def exp(self, x: np.ndarray) -> np.ndarray:
+        return np.exp2(x * self.work.type(np.log2(np.e))) if self.odd else np.exp(x)
+
+
+def exact(dtype: str) -> Arithmetic:
+    """What counts as the truth for results of `dtype`: float64, or the widest float there is for float64."""
+    return Arithmetic(np.dtype(np.longdouble if dtype == "float64" else np.float64))
+
+
+def plain(dtype: str) -> tuple[Arithmetic, ...]:
+    """Plain attention in `dtype`, in several orders of its sums: the worst of them sets what a backend may err."""
+    kind, work = numpy_dtype(dtype), numpy_dtype(accumulate(dtype))
+    step = None if kind == work else kind
+    return tuple(Arithmetic(work, step, order) for order in range(ORDERS))
+
+
+def accumulator(dtype: str) -> tuple[Arithmetic, ...]:
+    """Plain attention in the type of the sums, for results kept in that type (lse, gradients of tables)."""
+    return plain(accumulate(dtype))
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sequence: which batch entry it is, how long it is, and which of its keys are looked at, in which order."""
+
+    batch: int
+    heads: int
+    q_len: int
+    k_len: int
+    keys: Sequence[int] | None = None
+
+    @cached_property
+    def head(self) -> np.ndarray:
+        """(heads, 1, 1)"""
+        return np.arange(self.heads)[:, None, None]
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """(1, q_len, 1)"""
+        return np.arange(self.q_len)[None, :, None]
+
+    @cached_property
+    def q(self) -> np.ndarray:
+        """Position among the keys, bottom-right: (1, q_len, 1)"""
+        return self.row + (self.k_len - self.q_len)
+
+    @cached_property
+    def k(self) -> np.ndarray:
+        """(1, 1, keys)"""
+        return np.asarray(range(self.k_len) if self.keys is None else self.keys, np.int64)[None, None, :]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.heads, self.q_len, self.k.shape[2])
+
+
+def product(a: np.ndarray, b: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """a @ b over the last axis of `a`, (.., m, n) @ (.., n, d), with only the pairs (m, n) in `keep`.
+
+    What is not kept contributes nothing, even NaN or infinity in `b`.
+    """
+    a = np.where(keep, a, a.dtype.type(0))
+    if np.isfinite(b).all():
+        return a @ b
+    terms = np.where(keep[..., None], a[..., None] * b[..., None, :, :], a.dtype.type(0))
+    return terms.sum(axis=-2)

@@ -1,0 +1,80 @@
+"""What one case of the contract is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from anyflash.contract.poison import CONTIGUOUS, Layout
+from anyflash.contract.rules import Rule
+from anyflash.contract.terms import Sizes, Term
+from anyflash.core.dtypes import FLOATS
+
+Data = Literal["randn", "integers", "large", "constant", "denormal", "tiny"]
+Sinks = Literal["randn", "large", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Lengths of a packed call. `used_k` says how many keys of each sequence exist; `slack_*` are rows of the arrays
+    behind the last sequence."""
+
+    lens_q: tuple[int, ...]
+    lens_k: tuple[int, ...]
+    used_k: tuple[int, ...] | None = None
+    slack_q: int = 0
+    slack_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One attention call: geometry, program, data, and how the arrays lie.
+
+    heads      (query heads, key heads)
+    lens       (queries, keys); ignored with `packed`
+    dims       (head_dim, head_dim_v)
+    sinks      "none" are sinks of -inf, which change nothing; None is a call without sinks
+    layouts    of q, k, v and the results, in canonical axes; reused in turn by what else there is
+    table_dtype   of float tables; None is that of q
+    table_layout  of all tables
+    """
+
+    id: str
+    dtype: str = "float32"
+    batch: int = 2
+    heads: tuple[int, int] = (2, 2)
+    lens: tuple[int, int] = (33, 50)
+    dims: tuple[int, int] = (16, 16)
+    terms: tuple[Term, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    scale: float | None = None
+    dropout_p: float = 0.0
+    sinks: Sinks | None = None
+    packed: Packed | None = None
+    data: Data = "randn"
+    layouts: tuple[Layout, ...] = (CONTIGUOUS,)
+    table_dtype: str | None = None
+    table_layout: Layout = CONTIGUOUS
+    data_seed: int = 0
+
+    @property
+    def sizes(self) -> Sizes:
+        if self.packed is None:
+            return Sizes(self.batch, self.heads[0], *self.lens)
+        packed = self.packed
+        keys = packed.used_k if packed.used_k is not None else packed.lens_k
+        return Sizes(
+            len(packed.lens_q), self.heads[0], max(packed.lens_q, default=0), max(keys, default=0)
+        )
+
+    @property
+    def effective_scale(self) -> float:
+        return self.dims[0] ** -0.5 if self.scale is None else self.scale
+
+    def layout(self, i: int) -> Layout:
+        return self.layouts[i % len(self.layouts)]
+
+
+def each_dtype(cases: Sequence[Case], dtypes: Sequence[str] = FLOATS) -> list[Case]:
+    return [replace(case, dtype=dtype) for case in cases for dtype in dtypes]

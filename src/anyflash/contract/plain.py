@@ -1,0 +1,162 @@
+"""Attention written with numpy, forward and backward, one sequence at a time, in any arithmetic.
+
+It shares nothing with `semantics`: masks and scores come from their own numpy spellings, dropout from its own
+Philox. In the widest arithmetic it is the truth; in a result's own dtype, rounding after each operation, it is the
+plain attention whose error says how far a backend may be off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from anyflash.contract.arithmetic import Arithmetic, Place, product
+from anyflash.contract.philox import kept
+from anyflash.contract.rules import Rule
+from anyflash.contract.terms import Term
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What happens between the scaled product and the softmax, and after it."""
+
+    scale: float
+    terms: Sequence[Term] = ()
+    rules: Sequence[Rule] = ()
+    dropout_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OneSequence:
+    """Operands of one sequence, heads first: q (Hq, Tq, D), k (Hkv, Tk, D), v (Hkv, Tk, Dv), dout (Hq, Tq, Dv),
+    dlse (Hq, Tq), sinks (Hq,); tables by name."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    tables: Mapping[str, np.ndarray]
+    sinks: np.ndarray | None = None
+    dout: np.ndarray | None = None
+    dlse: np.ndarray | None = None
+
+    def without_gradients(self) -> OneSequence:
+        return replace(self, dout=None, dlse=None)
+
+
+@dataclass(slots=True)
+class Answer:
+    """Results of one sequence, heads first. Gradients are None without `dout`.
+
+    peak, logsum   (Hq, Tq) the greatest score, sink included, and the log of the sum of exp(score - peak)
+    reach          (Hq, Tq, Tk) what the masks allow
+    allowed        (Hq, Tq, Tk) what of that has a score other than -inf
+    """
+
+    out: np.ndarray
+    lse: np.ndarray
+    peak: np.ndarray
+    logsum: np.ndarray
+    reach: np.ndarray
+    allowed: np.ndarray
+    dq: np.ndarray | None = None
+    dk: np.ndarray | None = None
+    dv: np.ndarray | None = None
+    tables: dict[str, np.ndarray] | None = None
+    sinks: np.ndarray | None = None
+
+
+def attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> Answer:
+    """out, lse and gradients of one sequence in arithmetic `a`."""
+    with np.errstate(all="ignore"):
+        return _attend(formula, given, batch, a)
+
+
+def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> Answer:
+    heads, q_len, dim = given.q.shape
+    k_len = given.k.shape[1]
+    keys, dims = a.shuffle(k_len), a.shuffle(dim)
+    group = heads // given.k.shape[0]
+    cast = lambda x: x.astype(a.work)  # noqa: E731
+    q, k, v = cast(given.q)[..., dims], cast(given.k)[:, keys][..., dims], cast(given.v)[:, keys]
+    k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
+    tables = {name: cast(t) if t.dtype.kind in "fV" else t for name, t in given.tables.items()}
+    place = Place(batch, heads, q_len, k_len, keys)
+    scale = a.work.type(formula.scale)
+
+    allowed = np.ones(place.shape, bool)
+    for rule in formula.rules:
+        allowed &= rule.allowed(place, tables)
+
+    scaled_q, scaled_k = (q, a(k * scale)) if a.odd else (a(q * scale), k)
+    s = a(scaled_q @ scaled_k.swapaxes(1, 2))
+    inputs = []
+    for term in formula.terms:
+        inputs.append(s)
+        s = term.forward(s, place, tables, a)
+    reach, allowed = allowed, allowed & (s != -np.inf)
+    s = np.where(allowed, s, a.work.type(-np.inf))
+
+    peak = s.max(axis=2, initial=-np.inf)
+    sinks = None if given.sinks is None else cast(given.sinks)[:, None]
+    if sinks is not None:
+        peak = np.maximum(peak, sinks)
+    pivot = np.where(peak == -np.inf, a.work.type(0), peak)
+    e = np.where(allowed, a.exp(s - pivot[..., None]), a.work.type(0))
+    total = a.sum(e, (2,))
+    if sinks is not None:
+        total = total + a.exp(sinks - pivot)
+    safe = np.where(total == 0, a.work.type(1), total)
+    logsum = np.log(safe)
+    p = e / safe[..., None]
+    if a.odd:
+        p = np.where(allowed, a.exp(s - pivot[..., None] - logsum[..., None]), a.work.type(0))
+    p = a(p)
+    lse = np.where(total == 0, a.work.type(-np.inf), pivot + logsum)
+
+    keep = np.ones(place.shape, bool)
+    if formula.dropout_p:
+        keep = kept(formula.seed, formula.dropout_p, batch, place.head, place.row, place.k)
+    rate = a.work.type(1 / (1 - formula.dropout_p)) if formula.dropout_p < 1 else a.work.type(0)
+    dropped = a(np.where(keep, p * rate, a.work.type(0)))
+    out = a(product(dropped, v, allowed & keep))
+    back, undo = np.argsort(keys), np.argsort(dims)
+    answer = Answer(out, lse, peak, logsum, reach[..., back], allowed[..., back])
+    if given.dout is None:
+        return answer
+
+    dout = cast(given.dout)
+    zero = a.work.type(0)
+    dp = a(dout @ v.swapaxes(1, 2))
+    dp = np.where(allowed & keep, a(dp * rate), zero)
+    delta = a(a.sum(np.where(allowed, p * dp, zero), (2,)))
+    rest = delta if given.dlse is None else delta - cast(given.dlse)
+    ds = np.where(allowed, a(p * a(dp - rest[..., None])), zero)
+    dtables: dict[str, np.ndarray] = {}
+    for term, before in zip(reversed(formula.terms), reversed(inputs), strict=True):
+        before = np.where(allowed, before, zero)
+        ds, found = term.backward(ds, before, place, tables, a)
+        ds = np.where(allowed, ds, zero)
+        for name, grad in found.items():
+            dtables[name] = dtables[name] + grad if name in dtables else grad
+
+    answer.dq = a(a(product(ds, k, allowed)) * scale)[..., undo]
+    across = allowed.swapaxes(1, 2)
+    dk = a(a(product(ds.swapaxes(1, 2), q, across)) * scale)
+    dv = a(product(dropped.swapaxes(1, 2), dout, (allowed & keep).swapaxes(1, 2)))
+    answer.dk = _over_group(dk, group, a)[:, back][..., undo]
+    answer.dv = _over_group(dv, group, a)[:, back]
+    answer.tables = dtables
+    if sinks is not None:
+        share = np.where(sinks == -np.inf, zero, a.exp(sinks - pivot) / safe)
+        answer.sinks = a.sum(a(-(share * rest)), (1,))
+    return answer
+
+
+def _over_group(grad: np.ndarray, group: int, a: Arithmetic) -> np.ndarray:
+    if group == 1:
+        return grad
+    heads, rows, dim = grad.shape
+    return a(grad.reshape(heads // group, group, rows, dim).sum(axis=1))

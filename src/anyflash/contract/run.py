@@ -1,0 +1,127 @@
+"""One case on one backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from anyflash.contract import truth as truths
+from anyflash.contract.cases import Case
+from anyflash.contract.criteria import FORWARD_FACTOR, GRADIENT_FACTOR, Verdict, judge
+from anyflash.contract.memory import Alter, Memory
+from anyflash.contract.values import Values, draw
+from anyflash.dispatch.plan import run_backward, run_forward
+
+DIRECTIONS = ("forward", "backward")
+WITHIN_BOUNDS = frozenset({"reference"})
+"""Backends that need not give the same bits in any layout: numpy's matrix product depends on strides."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What came of a case; it passed if `failures` is empty."""
+
+    case: Case
+    backend: str
+    failures: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """The greatest error over its bound."""
+        return max((v.ratio for v in self.verdicts), default=0.0)
+
+
+def run(
+    case: Case, backend: str, directions: Sequence[str] = DIRECTIONS, alter: Alter | None = None
+) -> Report:
+    """Run a case: clean, poisoned, and poisoned once more.
+
+    The clean results are judged against the truth; the others must equal them bit by bit, and no byte outside a
+    result may change. `alter` replaces the problem that the backend gets.
+    """
+    report = Report(case, backend)
+    backward = "backward" in directions
+    values, truth = known(case)
+    clean = Memory(case, values, None, alter)
+    first = execute(clean, backend, backward)
+    report.failures += [f"clean run: {said}" for said in clean.damage()]
+    report.verdicts = assess(case, first, truth, directions)
+    report.failures += [v.complaint for v in report.verdicts if v.complaint]
+    if report.failures:
+        return report
+    poisoned = Memory(case, values, truth, alter)
+    for what in ("poisoned memory", "a second run"):
+        again = execute(poisoned, backend, backward)
+        report.failures += [f"{what}: {said}" for said in poisoned.damage()]
+        if backend in WITHIN_BOUNDS:
+            verdicts = assess(case, again, truth, directions)
+            report.failures += [f"{what}: {v.complaint}" for v in verdicts if v.complaint]
+        else:
+            report.failures += differences(what, first, again)
+    return report
+
+
+@lru_cache(maxsize=16)
+def known(case: Case) -> tuple[Values, truths.Truth]:
+    """The numbers and the truth of a case."""
+    values = draw(case)
+    return values, truths.find(case, values)
+
+
+def execute(memory: Memory, backend: str, backward: bool = True) -> dict[str, np.ndarray]:
+    """Run forward, and backward if wanted, into fresh outputs; copies of all results by name."""
+    run_forward(memory.problem, memory.operands, memory.new_results(), backend)
+    got = {"out": memory.results["out"].array.copy(), "lse": memory.results["lse"].array.copy()}
+    got["peak"], got["logsum"] = memory.results["stats"].array.copy()
+    if backward:
+        damage = memory.damage()
+        if not damage:
+            saved, grads = memory.new_gradients()
+            run_backward(memory.problem, memory.operands, saved, grads, backend)
+            got |= {name: made.array.copy() for name, made in memory.grads.items()}
+    return got
+
+
+def assess(
+    case: Case, got: dict[str, np.ndarray], truth: truths.Truth, directions: Sequence[str]
+) -> list[Verdict]:
+    """Every result of the wanted directions against the truth."""
+    verdicts = []
+    for name, array in got.items():
+        forward = name in truths.FORWARD
+        if ("forward" if forward else "backward") not in directions:
+            continue
+        factor = FORWARD_FACTOR if forward else GRADIENT_FACTOR
+        shape = array.shape
+        verdicts.append(
+            judge(
+                name,
+                array,
+                truth.exact[name].reshape(shape),
+                [plain.reshape(shape) for plain in truth.plain[name]],
+                factor,
+            )
+        )
+    return verdicts
+
+
+def differences(what: str, first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> list[str]:
+    """Results that are not the same bits."""
+    found = []
+    for name, a in first.items():
+        b = second.get(name)
+        if b is None:
+            found.append(f"{what}: {name} is missing")
+        elif a.tobytes() != b.tobytes():
+            bits = f"u{a.itemsize}"
+            unequal = np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)
+            at = tuple(int(i) for i in np.argwhere(unequal)[0])
+            found.append(
+                f"{what}: {name} differs from the clean run in {int(unequal.sum())} of {a.size} elements; "
+                f"element {at} is {b[at]}, was {a[at]}"
+            )
+    return found
