@@ -16,7 +16,9 @@ from anyflash.contract.truth import formula
 from anyflash.contract.values import draw, sequence, spans
 
 WIDE = Arithmetic(np.dtype(np.longdouble))
-SMALL = [c for c in table() if c.dtype == "float32" and c.terms + c.rules and not c.packed and 0 not in c.lens]
+SMALL = [
+    c for c in table() if c.dtype == "float32" and c.terms + c.rules and not c.packed and 0 not in c.lens
+]
 
 
 def loss(case: Case, given: OneSequence, batch: int) -> np.longdouble:

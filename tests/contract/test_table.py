@@ -1,4 +1,5 @@
-"""Every backend on every case of the table. Ids read backend-direction-dtype-case, for `-k 'cpu and forward'`."""
+"""Every backend on every case of the table. Ids read backend-direction-dtype-case, for `-k 'cpu and
+forward'`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ CASES = [
 @pytest.mark.parametrize(("backend", "case", "direction"), CASES)
 def test_case(backend, case, direction):
     report = run(case, backend, (direction,))
-    assert not report.failures, "\n".join([f"python -m anyflash verify --backend {backend} --repro 'table:{case.id}'", *report.failures])
+    assert not report.failures, "\n".join(
+        [f"python -m anyflash verify --backend {backend} --repro 'table:{case.id}'", *report.failures]
+    )
 
 
 def test_ids_are_unique():

@@ -11,18 +11,19 @@ import numpy as np
 from anyflash.contract.poison import numpy_dtype
 from anyflash.core.dtypes import accumulate
 
-
 ORDERS = 4
-"""Ways in which plain attention is summed. One way may be right by luck, most of all where a result has few elements."""
+"""Ways in which plain attention is summed. One way may be right by luck, most of all where a result has few
+elements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """Operations are carried out in `work`, and each result is rounded to `rounds_to`, where given.
 
-    `order` 0 is the usual way. The others add one term after the other, those above 1 with the keys and the head
-    dimension shuffled; odd ones put the scale on k instead of q, exponentiate in base 2 and take the probabilities from the
-    logarithm of the sum, as a backward does. All are the same attention, rounded differently.
+    `order` 0 is the usual way. The others add one term after the other, those above 1 with the keys and the
+    head dimension shuffled. Odd ones do so in matrix products too, put the scale on k instead of q,
+    exponentiate in base 2 and go backward as a flash attention does, from the output and the logarithm of the
+    sum. All are the same attention, rounded differently.
     """
 
     work: np.dtype
@@ -51,6 +52,15 @@ class Arithmetic:
         rows = x.transpose(*rest, *axes).reshape(*(x.shape[i] for i in rest), -1)
         return np.add.accumulate(rows[..., self.shuffle(rows.shape[-1])], axis=-1)[..., -1]
 
+    def matmul(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """x @ y: the library's product, or one term after the other."""
+        if not self.odd:
+            return x @ y
+        total = np.zeros((*x.shape[:-1], y.shape[-1]), self.work)
+        for i in range(x.shape[-1]):
+            total += x[..., i, None] * y[..., None, i, :]
+        return total
+
     def exp(self, x: np.ndarray) -> np.ndarray:
         return np.exp2(x * self.work.type(np.log2(np.e))) if self.odd else np.exp(x)
 
@@ -61,7 +71,8 @@ def exact(dtype: str) -> Arithmetic:
 
 
 def plain(dtype: str) -> tuple[Arithmetic, ...]:
-    """Plain attention in `dtype`, in several orders of its sums: the worst of them sets what a backend may err."""
+    """Plain attention in `dtype`, in several orders of its sums: the worst of them sets what a backend may
+    err."""
     kind, work = numpy_dtype(dtype), numpy_dtype(accumulate(dtype))
     step = None if kind == work else kind
     return tuple(Arithmetic(work, step, order) for order in range(ORDERS))
@@ -74,7 +85,8 @@ def accumulator(dtype: str) -> tuple[Arithmetic, ...]:
 
 @dataclass(frozen=True)
 class Place:
-    """One sequence: which batch entry it is, how long it is, and which of its keys are looked at, in which order."""
+    """One sequence: which batch entry it is, how long it is, and which of its keys are looked at, in which
+    order."""
 
     batch: int
     heads: int
@@ -107,13 +119,13 @@ class Place:
         return (self.heads, self.q_len, self.k.shape[2])
 
 
-def product(a: np.ndarray, b: np.ndarray, keep: np.ndarray) -> np.ndarray:
+def product(a: np.ndarray, b: np.ndarray, keep: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
     """a @ b over the last axis of `a`, (.., m, n) @ (.., n, d), with only the pairs (m, n) in `keep`.
 
     What is not kept contributes nothing, even NaN or infinity in `b`.
     """
     a = np.where(keep, a, a.dtype.type(0))
     if np.isfinite(b).all():
-        return a @ b
+        return arithmetic.matmul(a, b)
     terms = np.where(keep[..., None], a[..., None] * b[..., None, :, :], a.dtype.type(0))
     return terms.sum(axis=-2)

@@ -11,14 +11,14 @@ from anyflash.contract.rules import Rule
 from anyflash.contract.terms import Sizes, Term
 from anyflash.core.dtypes import FLOATS
 
-Data = Literal["randn", "integers", "large", "constant", "denormal", "tiny"]
+Data = Literal["randn", "integers", "large", "constant", "tiny"]
 Sinks = Literal["randn", "large", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Lengths of a packed call. `used_k` says how many keys of each sequence exist; `slack_*` are rows of the arrays
-    behind the last sequence."""
+    """Lengths of a packed call. `used_k` says how many keys of each sequence exist; `slack_*` are rows of the
+    arrays behind the last sequence."""
 
     lens_q: tuple[int, ...]
     lens_k: tuple[int, ...]
@@ -64,9 +64,7 @@ class Case:
             return Sizes(self.batch, self.heads[0], *self.lens)
         packed = self.packed
         keys = packed.used_k if packed.used_k is not None else packed.lens_k
-        return Sizes(
-            len(packed.lens_q), self.heads[0], max(packed.lens_q, default=0), max(keys, default=0)
-        )
+        return Sizes(len(packed.lens_q), self.heads[0], max(packed.lens_q, default=0), max(keys, default=0))
 
     @property
     def effective_scale(self) -> float:

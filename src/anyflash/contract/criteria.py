@@ -1,13 +1,14 @@
 """How far a result may be from the truth. No number here depends on a measurement made by hand.
 
-The bound is FACTOR times the error of plain attention in the same dtype, the worst of several orders of its sums,
-plus a floor: twice the rounding of the result itself as seen at the size of attention's outputs. It holds for the
-greatest error and for the root mean square. Where the truth is NaN or infinite the result must be the same.
+The bound is FACTOR times the error of plain attention in the same dtype, the worst of several orders of its
+sums, plus a floor: one unit in the last place of the result, or of 0.3 where that is greater. It holds for
+the greatest error and for the root mean square. Where the truth is NaN or infinite the result must be the
+same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ import numpy as np
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 _SHIFT = 0.3
+
+Norm = Callable[[np.ndarray], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,9 @@ def judge(
             )
         finite = np.isfinite(rounded)
         error = np.where(finite, np.abs(wide - truth), 0).astype(np.float64)
-        allowed_max = factor * _worst(plains, truth, finite, np.max) + _floor(truth, got.dtype, finite, np.max)
+        allowed_max = factor * _worst(plains, truth, finite, _greatest) + _floor(
+            truth, got.dtype, finite, _greatest
+        )
         allowed_rms = factor * _worst(plains, truth, finite, _rms) + _floor(truth, got.dtype, finite, _rms)
     greatest, typical = float(error.max()), float(_rms(error))
     ratio = max(_over(greatest, allowed_max), _over(typical, allowed_rms))
@@ -72,22 +77,24 @@ def _rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-def _worst(plains: Sequence[np.ndarray], truth: np.ndarray, finite: np.ndarray, norm: object) -> float:
+def _greatest(x: np.ndarray) -> float:
+    return float(np.max(x))
+
+
+def _worst(plains: Sequence[np.ndarray], truth: np.ndarray, finite: np.ndarray, norm: Norm) -> float:
     """The greatest error of the plain results; what overflowed in one of them says nothing."""
     worst = 0.0
     for plain in plains:
         error = np.abs(plain.astype(truth.dtype) - truth)
         usable = finite & np.isfinite(error)
-        worst = max(worst, float(norm(np.where(usable, error, 0).astype(np.float64))))  # type: ignore[operator]
+        worst = max(worst, norm(np.where(usable, error, 0).astype(np.float64)))
     return worst
 
 
-def _floor(truth: np.ndarray, dtype: np.dtype, finite: np.ndarray, norm: object) -> float:
-    """Twice the rounding noise of the result's dtype: what adding and taking away 0.3 costs."""
-    rounded = np.where(finite, truth, 0).astype(dtype)
-    shift = dtype.type(_SHIFT)
-    noise = np.abs((rounded + shift - shift).astype(truth.dtype) - rounded.astype(truth.dtype))
-    return 2 * float(norm(noise.astype(np.float64)))  # type: ignore[operator]
+def _floor(truth: np.ndarray, dtype: np.dtype, finite: np.ndarray, norm: Norm) -> float:
+    """One unit in the last place of the results, for values not below the size of attention's outputs."""
+    size = np.where(finite, np.abs(truth) + _SHIFT, _SHIFT)
+    return norm(np.spacing(size.astype(dtype)).astype(np.float64))
 
 
 def _over(error: float, allowed: float) -> float:

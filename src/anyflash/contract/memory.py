@@ -1,4 +1,5 @@
-"""The operands and results of a case, each in poisoned memory of its own, and the call described over them."""
+"""The operands and results of a case, each in poisoned memory of its own, and the call described over
+them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Alter = Callable[[Problem], Problem]
 
 
 class Memory:
-    """One set of buffers: contiguous and clean, or with the case's layouts and NaN wherever nothing may look."""
+    """One set of buffers: contiguous and clean, or with the case's layouts and NaN wherever nothing may
+    look."""
 
     def __init__(
         self, case: Case, values: Values, truth: Truth | None = None, alter: Alter | None = None
@@ -158,9 +160,7 @@ class Memory:
         if problem.program.sinks:
             self.grads["dsinks"] = Poisoned((problem.heads_q,), self.statistic, output=True)
         dsinks = self.grads.get("dsinks")
-        saved = Saved(
-            self.results["out"].view, self.results["stats"].view, self.dout.view, self.dlse.view
-        )
+        saved = Saved(self.results["out"].view, self.results["stats"].view, self.dout.view, self.dlse.view)
         views = (self.grads[name].view for name in ("dq", "dk", "dv"))
         return saved, Gradients(*views, tuple(tables), None if dsinks is None else dsinks.view)
 
@@ -174,7 +174,7 @@ def _for_axes(layout: Layout, ndim: int) -> Layout:
     """A layout written for (batch, tokens, heads, dim), for packed (tokens, heads, dim) as well."""
     if ndim == 4:
         return layout
-    drop = lambda axes: tuple(a - 1 for a in axes if a)  # noqa: E731
+    drop = lambda axes: tuple(a - 1 for a in axes if a)
     return replace(
         layout,
         order=None if layout.order is None else drop(layout.order),

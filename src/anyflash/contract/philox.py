@@ -1,4 +1,5 @@
-"""Philox4x32 with 7 rounds (Salmon, Moraes, Dror, Shaw 2011), vectorised, for checking which elements dropout keeps."""
+"""Philox4x32 with 7 rounds (Salmon, Moraes, Dror, Shaw 2011), vectorised, for checking which elements dropout
+keeps."""
 
 from __future__ import annotations
 
@@ -25,9 +26,13 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int], rounds: int = 
     return a, b, c, d
 
 
-def kept(seed: int, dropout_p: float, batch: int, head: np.ndarray, row: np.ndarray, k: np.ndarray) -> np.ndarray:
+def kept(
+    seed: int, dropout_p: float, batch: int, head: np.ndarray, row: np.ndarray, k: np.ndarray
+) -> np.ndarray:
     """Which (head, row, k) survive dropout."""
     batch_word = np.zeros_like(head) + batch
-    words = np.broadcast_arrays(*philox((k >> 2, row, head, batch_word), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)))
+    words = np.broadcast_arrays(
+        *philox((k >> 2, row, head, batch_word), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    )
     chosen = np.choose(np.broadcast_to(k & 3, words[0].shape), words)
     return chosen >= np.uint64(round(dropout_p * 2**32))

@@ -1,8 +1,8 @@
 """Attention written with numpy, forward and backward, one sequence at a time, in any arithmetic.
 
 It shares nothing with `semantics`: masks and scores come from their own numpy spellings, dropout from its own
-Philox. In the widest arithmetic it is the truth; in a result's own dtype, rounding after each operation, it is the
-plain attention whose error says how far a backend may be off.
+Philox. In the widest arithmetic it is the truth; in a result's own dtype, rounding after each operation, it
+is the plain attention whose error says how far a backend may be off.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Formula:
 
 @dataclass(frozen=True, slots=True)
 class OneSequence:
-    """Operands of one sequence, heads first: q (Hq, Tq, D), k (Hkv, Tk, D), v (Hkv, Tk, Dv), dout (Hq, Tq, Dv),
-    dlse (Hq, Tq), sinks (Hq,); tables by name."""
+    """Operands of one sequence, heads first: q (Hq, Tq, D), k (Hkv, Tk, D), v (Hkv, Tk, Dv), dout (Hq, Tq,
+    Dv), dlse (Hq, Tq), sinks (Hq,); tables by name."""
 
     q: np.ndarray
     k: np.ndarray
@@ -50,15 +50,12 @@ class OneSequence:
 class Answer:
     """Results of one sequence, heads first. Gradients are None without `dout`.
 
-    peak, logsum   (Hq, Tq) the greatest score, sink included, and the log of the sum of exp(score - peak)
-    reach          (Hq, Tq, Tk) what the masks allow
-    allowed        (Hq, Tq, Tk) what of that has a score other than -inf
+    reach     (Hq, Tq, Tk) what the masks allow
+    allowed   (Hq, Tq, Tk) what of that has a score other than -inf
     """
 
     out: np.ndarray
     lse: np.ndarray
-    peak: np.ndarray
-    logsum: np.ndarray
     reach: np.ndarray
     allowed: np.ndarray
     dq: np.ndarray | None = None
@@ -79,7 +76,7 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
     k_len = given.k.shape[1]
     keys, dims = a.shuffle(k_len), a.shuffle(dim)
     group = heads // given.k.shape[0]
-    cast = lambda x: x.astype(a.work)  # noqa: E731
+    cast = lambda x: x.astype(a.work)
     q, k, v = cast(given.q)[..., dims], cast(given.k)[:, keys][..., dims], cast(given.v)[:, keys]
     k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
     tables = {name: cast(t) if t.dtype.kind in "fV" else t for name, t in given.tables.items()}
@@ -91,7 +88,7 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
         allowed &= rule.allowed(place, tables)
 
     scaled_q, scaled_k = (q, a(k * scale)) if a.odd else (a(q * scale), k)
-    s = a(scaled_q @ scaled_k.swapaxes(1, 2))
+    s = a(a.matmul(scaled_q, scaled_k.swapaxes(1, 2)))
     inputs = []
     for term in formula.terms:
         inputs.append(s)
@@ -121,17 +118,21 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
         keep = kept(formula.seed, formula.dropout_p, batch, place.head, place.row, place.k)
     rate = a.work.type(1 / (1 - formula.dropout_p)) if formula.dropout_p < 1 else a.work.type(0)
     dropped = a(np.where(keep, p * rate, a.work.type(0)))
-    out = a(product(dropped, v, allowed & keep))
+    out = a(product(dropped, v, allowed & keep, a))
     back, undo = np.argsort(keys), np.argsort(dims)
-    answer = Answer(out, lse, peak, logsum, reach[..., back], allowed[..., back])
+    answer = Answer(out, lse, reach[..., back], allowed[..., back])
     if given.dout is None:
         return answer
 
     dout = cast(given.dout)
     zero = a.work.type(0)
-    dp = a(dout @ v.swapaxes(1, 2))
+    dp = a(a.matmul(dout, v.swapaxes(1, 2)))
     dp = np.where(allowed & keep, a(dp * rate), zero)
-    delta = a(a.sum(np.where(allowed, p * dp, zero), (2,)))
+    if a.odd:
+        weighted = np.where(allowed.any(axis=2, keepdims=True), dout * out, zero)
+    else:
+        weighted = np.where(allowed, p * dp, zero)
+    delta = a(a.sum(weighted, (2,)))
     rest = delta if given.dlse is None else delta - cast(given.dlse)
     ds = np.where(allowed, a(p * a(dp - rest[..., None])), zero)
     dtables: dict[str, np.ndarray] = {}
@@ -142,10 +143,10 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
         for name, grad in found.items():
             dtables[name] = dtables[name] + grad if name in dtables else grad
 
-    answer.dq = a(a(product(ds, k, allowed)) * scale)[..., undo]
+    answer.dq = a(a(product(ds, k, allowed, a)) * scale)[..., undo]
     across = allowed.swapaxes(1, 2)
-    dk = a(a(product(ds.swapaxes(1, 2), q, across)) * scale)
-    dv = a(product(dropped.swapaxes(1, 2), dout, (allowed & keep).swapaxes(1, 2)))
+    dk = a(a(product(ds.swapaxes(1, 2), q, across, a)) * scale)
+    dv = a(product(dropped.swapaxes(1, 2), dout, (allowed & keep).swapaxes(1, 2), a))
     answer.dk = _over_group(dk, group, a)[:, back][..., undo]
     answer.dv = _over_group(dv, group, a)[:, back]
     answer.tables = dtables

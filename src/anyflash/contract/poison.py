@@ -1,8 +1,8 @@
 """Arrays that lie in poisoned memory, so that a read or a write outside an array shows.
 
-Every array stands alone in a buffer of its own, with 512 elements on both sides and whatever gaps its layout asks for
-filled with NaN. Inputs and outputs carry different NaN payloads: an output element that still has its payload was
-never written, and a byte outside an array that changed was written by mistake.
+Every array stands alone in a buffer of its own, with 512 elements on both sides and whatever gaps its layout
+asks for filled with NaN. Inputs and outputs carry different NaN payloads: an output element that still has
+its payload was never written, and a byte outside an array that changed was written by mistake.
 """
 
 from __future__ import annotations
@@ -63,9 +63,12 @@ CONTIGUOUS = Layout()
 
 
 class Poisoned:
-    """One array in its buffer: `array` to read and fill, `view` to hand to a backend, `damage()` afterwards."""
+    """One array in its buffer: `array` to read and fill, `view` to hand to a backend, `damage()`
+    afterwards."""
 
-    def __init__(self, shape: Sequence[int], dtype: str, layout: Layout = CONTIGUOUS, output: bool = False) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: str, layout: Layout = CONTIGUOUS, output: bool = False
+    ) -> None:
         if output and layout.expand:
             raise ValueError("an output cannot have axes of stride 0")
         self.dtype = dtype
@@ -123,18 +126,17 @@ class Poisoned:
         if wrong.any():
             where = "outside it" if self.output else "of an input"
             first = int(np.flatnonzero(wrong)[0]) // self._pattern.itemsize - MARGIN
-            return f"{int(wrong.sum())} bytes {where} were written, the first at element {first} of its buffer"
+            return (
+                f"{int(wrong.sum())} bytes {where} were written, the first at element {first} of its buffer"
+            )
         if self.output and self._bits.size:
             missing = self._bits == self._pattern
             if missing.any():
-                return f"{int(missing.sum())} of {missing.size} elements were not written, the first at {_first(missing)}"
+                first = tuple(int(i) for i in np.argwhere(missing)[0])
+                return (
+                    f"{int(missing.sum())} of {missing.size} elements were not written, the first at {first}"
+                )
         return None
-
-
-
-
-def _first(flags: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.argwhere(flags)[0])
 
 
 def _place(shape: tuple[int, ...], layout: Layout, itemsize: int) -> tuple[tuple[int, ...], int, int]:

@@ -178,21 +178,22 @@ MASKS = {
         Masks(
             "documents_by_batch",
             lambda at, t: (
-                t["document"][at.batch, expr.maximum(at.q, 0)] == t["document"][at.batch, at.k]
-            )
-            & (at.k <= at.q),
+                (t["document"][at.batch, expr.maximum(at.q, 0)] == t["document"][at.batch, at.k])
+                & (at.k <= at.q)
+            ),
             lambda place, t: (
-                _clamped(t["document"][place.batch], place.q) == t["document"][place.batch][place.k]
-            )
-            & (place.k <= place.q),
+                (_clamped(t["document"][place.batch], place.q) == t["document"][place.batch][place.k])
+                & (place.k <= place.q)
+            ),
             {"document": "bk"},
             _documents,
         ),
         Masks(
             "reach_by_batch",
             lambda at, t: (at.q - t["left"][at.batch] <= at.k) & (at.k <= at.q + t["right"][at.batch]),
-            lambda place, t: (place.q - t["left"][place.batch] <= place.k)
-            & (place.k <= place.q + t["right"][place.batch]),
+            lambda place, t: (
+                (place.q - t["left"][place.batch] <= place.k) & (place.k <= place.q + t["right"][place.batch])
+            ),
             {"left": "b", "right": "b"},
             _reach,
         ),

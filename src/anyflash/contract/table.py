@@ -36,15 +36,32 @@ CORE = (
     Case("constant", data="constant"),
 )
 
-DIMS = ((1, 1), (2, 3), (5, 7), (8, 8), (17, 16), (24, 40), (40, 40), (63, 65), (72, 96), (80, 80), (111, 59),
-        (160, 160), (192, 128), (256, 256), (320, 1), (3, 513), (576, 512), (576, 576))  # fmt: skip
-LENS = ((1, 1), (1, 17), (17, 1), (2, 3), (7, 8), (8, 7), (9, 200), (200, 9), (16, 16), (31, 33), (47, 48), (48, 47),
-        (49, 97), (63, 64), (64, 65), (95, 96), (97, 95), (113, 203), (128, 128), (129, 257), (257, 129), (1, 1025),
-        (1025, 1))  # fmt: skip
+DIMS = (
+    (1, 1), (2, 3), (5, 7), (8, 8), (17, 16), (24, 40), (40, 40), (63, 65), (72, 96), (80, 80), (111, 59),
+    (160, 160), (192, 128), (256, 256), (320, 1), (3, 513), (576, 512), (576, 576),
+)  # fmt: skip
+LENS = (
+    (1, 1), (1, 17), (17, 1), (2, 3), (7, 8), (8, 7), (9, 200), (200, 9), (16, 16), (31, 33), (47, 48),
+    (48, 47), (49, 97), (63, 64), (64, 65), (95, 96), (97, 95), (113, 203), (128, 128), (129, 257),
+    (257, 129), (1, 1025), (1025, 1),
+)  # fmt: skip
 EMPTY = ((0, 5), (5, 0), (0, 0))
 HEADS = ((1, 1), (3, 3), (4, 1), (5, 1), (6, 2), (6, 3), (12, 4), (16, 2))
-WINDOWS = ((0, 0), (0, None), (None, 0), (3, None), (None, 3), (5, 0), (0, 5), (16, 16), (1000, 1000), (2, 40))
-BIASES = tuple("".join(axis for axis, on in zip("bhqk", bits, strict=True) if on) for bits in product((0, 1), repeat=4))
+WINDOWS = (
+    (0, 0),
+    (0, None),
+    (None, 0),
+    (3, None),
+    (None, 3),
+    (5, 0),
+    (0, 5),
+    (16, 16),
+    (1000, 1000),
+    (2, 40),
+)
+BIASES = tuple(
+    "".join(axis for axis, on in zip("bhqk", bits, strict=True) if on) for bits in product((0, 1), repeat=4)
+)
 
 
 def _geometry() -> Iterator[Case]:
@@ -97,7 +114,12 @@ def _scores() -> Iterator[Case]:
     for p in (0.1, 0.5, 0.9):
         yield Case(f"dropout_{p}", dropout_p=p, heads=(4, 2), lens=(40, 70))
     yield Case("dropout_bias", dropout_p=0.2, terms=(Biases(("bhqk",)),))
-    yield Case("tables_float32", terms=(SCORES["two_tables"], Biases(("hqk",))), dtype="bfloat16", table_dtype="float32")
+    yield Case(
+        "tables_float32",
+        terms=(SCORES["two_tables"], Biases(("hqk",))),
+        dtype="bfloat16",
+        table_dtype="float32",
+    )
     yield Case("tables_bfloat16", terms=(SCORES["two_tables"], Biases(("hqk",))), table_dtype="bfloat16")
 
 
@@ -124,7 +146,10 @@ def layouts() -> Iterator[tuple[str, tuple[Layout, ...]]]:
     for order in permutations(range(4)):
         yield "order_" + "".join(map(str, order)), (Layout(order=order),)
     for shift in range(1, 16):
-        yield f"shift_{shift}", (Layout(shift=shift), Layout(shift=15 - shift), Layout(shift=3), Layout(shift=shift))
+        yield (
+            f"shift_{shift}",
+            (Layout(shift=shift), Layout(shift=15 - shift), Layout(shift=3), Layout(shift=shift)),
+        )
     yield "gaps", (Layout(gap=3), Layout(gap=5), Layout(gap=1), Layout(gap=7))
     yield "steps", (Layout(step=2), Layout(step=3, gap=1), Layout(step=2), Layout(step=3))
     for axis in range(4):
@@ -132,8 +157,15 @@ def layouts() -> Iterator[tuple[str, tuple[Layout, ...]]]:
         yield f"expand_{axis}", (Layout(expand=(axis,)),)
     yield "reverse_all", (Layout(reverse=(0, 1, 2, 3), gap=2),)
     yield "expand_all", (Layout(expand=(0, 1, 2, 3)),)
-    yield "mixed", (Layout((2, 0, 3, 1), 4, 2, (1,), (), False, 6), Layout((3, 1, 0, 2), 1, 1, (3,), (0,)),
-                    Layout((0, 2, 1, 3), 9, 1, (0, 2), (), True, 1), Layout((1, 0, 2, 3), 2, 3, (3,)))  # fmt: skip
+    yield (
+        "mixed",
+        (
+            Layout((2, 0, 3, 1), gap=4, step=2, reverse=(1,), shift=6),
+            Layout((3, 1, 0, 2), gap=1, reverse=(3,), expand=(0,)),
+            Layout((0, 2, 1, 3), gap=9, reverse=(0, 2), junk=True, shift=1),
+            Layout((1, 0, 2, 3), gap=3, step=2, reverse=(3,)),
+        ),
+    )
 
 
 def _layouts() -> Iterator[Case]:
@@ -147,14 +179,24 @@ def _layouts() -> Iterator[Case]:
     yield Case("layout_columns", layouts=(Layout((0, 2, 3, 1)),), dims=(64, 64), lens=(70, 70))
     packed = Packed((17, 0, 33), (20, 5, 33))
     yield Case("layout_packed_heads_first", layouts=(Layout((0, 2, 1, 3)),), packed=packed, rules=(Causal(),))
-    yield Case("layout_packed_mixed", layouts=(Layout((3, 1, 0, 2), 4, 2, (1,), (), False, 2),), packed=packed)
+    yield Case(
+        "layout_packed_mixed",
+        layouts=(Layout((3, 1, 0, 2), gap=4, step=2, reverse=(1,), shift=2),),
+        packed=packed,
+    )
     strided = Layout(gap=3, step=2, shift=3, reverse=(0,))
-    yield Case("layout_tables", terms=(Biases(("bhqk", "k")), Alibi()), rules=(MASKS["documents"],), table_layout=strided)
+    yield Case(
+        "layout_tables",
+        terms=(Biases(("bhqk", "k")), Alibi()),
+        rules=(MASKS["documents"],),
+        table_layout=strided,
+    )
 
 
 @lru_cache(maxsize=1)
 def table() -> tuple[Case, ...]:
-    """Every case: the core in all dtypes, the rest in float32 and a changing second dtype where it adds something."""
+    """Every case: the core in all dtypes, the rest in float32 and a changing second dtype where it adds
+    something."""
     cases = each_dtype(CORE)
     others = ("float64", "bfloat16", "float16")
     for family in (_geometry, _masks, _scores, _packed, _layouts):
@@ -166,7 +208,8 @@ def table() -> tuple[Case, ...]:
             if i % 3 == 0:
                 cases.append(replace(case, dtype=others[i // 3 % 3]))
     return tuple(
-        replace(case, id=(name := f"{case.dtype}-{case.id}"), data_seed=zlib.crc32(name.encode())) for case in cases
+        replace(case, id=(name := f"{case.dtype}-{case.id}"), data_seed=zlib.crc32(name.encode()))
+        for case in cases
     )
 
 

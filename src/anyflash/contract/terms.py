@@ -118,7 +118,8 @@ class Alibi(_Plain):
 
 @dataclass(frozen=True, slots=True)
 class Biases(_Plain):
-    """s + bias for each of several biases; a pattern says which of (batch, heads, q, k) each spans: "bhqk", "k", ..
+    """s + bias for each of several biases; a pattern says which of (batch, heads, q, k) each spans: "bhqk",
+    "k", ..
 
     An axis that is not spanned has extent 1; `fewer_axes` leaves out leading axes of extent 1 altogether.
     """
@@ -273,9 +274,13 @@ SCORES = {
         ),
         Scores(
             "two_tables",
-            lambda s, at, t: t["cap"][at.head] * expr.tanh(s / t["cap"][at.head]) + t["far"][at.batch, at.k // 3],
-            lambda s, place, t: t["cap"][:, None, None] * np.tanh(s / t["cap"][:, None, None])
-            + t["far"][place.batch, place.k // 3],
+            lambda s, at, t: (
+                t["cap"][at.head] * expr.tanh(s / t["cap"][at.head]) + t["far"][at.batch, at.k // 3]
+            ),
+            lambda s, place, t: (
+                t["cap"][:, None, None] * np.tanh(s / t["cap"][:, None, None])
+                + t["far"][place.batch, place.k // 3]
+            ),
             lambda s, place, t: 1 - np.tanh(s / t["cap"][:, None, None]) ** 2,
             {
                 "cap": lambda s, place, t: ((place.head,), _softcap_by_cap(s, t["cap"][:, None, None])),
@@ -297,9 +302,11 @@ SCORES = {
         Scores(
             "distance",
             lambda s, at, t: s - abs(at.q - at.k) / (1 + at.head) + minimum_of(at),
-            lambda s, place, t: s
-            - np.abs(place.q - place.k) / (1 + place.head)
-            + np.minimum(place.q_len, place.k_len) * 0.125,
+            lambda s, place, t: (
+                s
+                - np.abs(place.q - place.k) / (1 + place.head)
+                + np.minimum(place.q_len, place.k_len) * 0.125
+            ),
             lambda s, place, t: np.ones_like(s),
             {},
             {},

@@ -13,14 +13,13 @@ from anyflash.contract.plain import Answer, Formula, attend
 from anyflash.contract.poison import numpy_dtype
 from anyflash.contract.values import Values, lse_shape, per_row, sequence, spans, token
 
-FORWARD = ("out", "lse", "peak", "logsum")
+FORWARD = ("out", "lse")
 ROUNDED = ("out", "dq", "dk", "dv")
-STATISTICS = ("lse", "peak", "logsum")
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """Results by name (out, lse, peak, logsum, dq, dk, dv, dsinks, or a table's name), in canonical axes.
+    """Results by name (out, lse, dq, dk, dv, dsinks, or a table's name), in canonical axes.
 
     dead_*  rows whose values must not matter, because no mask lets anybody look at them: (.., tokens, heads)
     """
@@ -47,26 +46,22 @@ def find(case: Case, values: Values, gradients: bool = True) -> Truth:
     plains: dict[str, list[np.ndarray]] = {name: [] for name in truth}
     for a in plain(case.dtype):
         for name, array in _run(case, values, a, gradients)[0].items():
-            if name not in STATISTICS:
+            if name != "lse":
                 plains[name].append(array)
     for a in accumulator(case.dtype):
         for name, array in _run(case, values, a, gradients)[0].items():
             narrow = name in ROUNDED
-            plains[name].append(array.astype(numpy_dtype(case.dtype)).astype(array.dtype) if narrow else array)
+            plains[name].append(
+                array.astype(numpy_dtype(case.dtype)).astype(array.dtype) if narrow else array
+            )
     return Truth(truth, plains, *_dead(case, values, answers))
 
 
 def _run(
     case: Case, values: Values, a: Arithmetic, gradients: bool
 ) -> tuple[dict[str, np.ndarray], list[Answer]]:
-    zeros = lambda like: np.zeros(like.shape, a.work)  # noqa: E731
-    row = lambda fill: np.full(lse_shape(case), fill, a.work)  # noqa: E731
-    found = {
-        "out": zeros(values.dout),
-        "lse": row(-np.inf),
-        "peak": row(-np.inf),
-        "logsum": row(0),
-    }
+    zeros = lambda like: np.zeros(like.shape, a.work)
+    found = {"out": zeros(values.dout), "lse": np.full(lse_shape(case), -np.inf, a.work)}
     if gradients:
         found |= {"dq": zeros(values.q), "dk": zeros(values.k), "dv": zeros(values.v)}
         found |= {name: zeros(t) for name, t in values.tables.items() if t.dtype.kind in "fV"}
@@ -80,8 +75,7 @@ def _run(
             given = given.without_gradients()
         answer = attend(program, given, span.batch, a)
         answers.append(answer)
-        for name in STATISTICS:
-            per_row(case, found[name], span)[...] = getattr(answer, name)
+        per_row(case, found["lse"], span)[...] = answer.lse
         for name, part in (("out", span.q), ("dq", span.q), ("dk", span.k), ("dv", span.k)):
             if name in asked:
                 token(case, found[name], span, part)[...] = getattr(answer, name).swapaxes(0, 1)
@@ -93,17 +87,15 @@ def _run(
     return found, answers
 
 
-def _dead(
-    case: Case, values: Values, answers: Iterable[Answer]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of q, k and v that nothing may read: those outside every sequence, those that no mask lets through, and
-    rows of v whose scores are all -inf."""
+def _dead(case: Case, values: Values, answers: Iterable[Answer]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of q, k and v that nothing may read: those outside every sequence, those that no mask lets
+    through, and rows of v whose scores are all -inf."""
     group = case.heads[0] // case.heads[1]
     dead_q = np.ones(values.q.shape[:-1], bool)
     dead_k = np.ones(values.k.shape[:-1], bool)
     dead_v = np.ones(values.k.shape[:-1], bool)
     for span, answer in zip(spans(case), answers, strict=True):
-        over_heads = lambda seen: seen.reshape(case.heads[1], group, seen.shape[1]).any(axis=1)  # noqa: E731
+        over_heads = lambda seen: seen.reshape(case.heads[1], group, seen.shape[1]).any(axis=1)
         seen_k = over_heads(answer.reach.any(axis=1))
         seen_v = over_heads(answer.allowed.any(axis=1))
         token(case, dead_k, span, span.k)[...] = ~seen_k.T
