@@ -154,7 +154,10 @@ def backward(
                 for load_slope, index in table_derivatives(score, slot):
                     value = _seen_product(ds, evaluate(load_slope, soft.env, tables), soft.seen)
                     where = clamped([evaluate(i, soft.env, tables) for i in index], dtable.shape)
-                    np.add.at(dtable, tuple(np.broadcast_to(i, value.shape) for i in where), value)
+                    if where:
+                        np.add.at(dtable, tuple(np.broadcast_to(i, value.shape) for i in where), value)
+                    else:  # a table without axes has one entry, which every score reads
+                        dtable += value.sum()
         if dsinks is not None:
             taken = soft.p_sink != 0
             dsinks[part.head] += (soft.p_sink * (dlse_rows - delta))[taken].sum()
