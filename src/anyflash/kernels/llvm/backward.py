@@ -29,6 +29,7 @@ from anyflash.kernels.llvm.gemm import Matrix
 from anyflash.kernels.llvm.ir import BYTES, I1, I32, I64, Builder, Scalar, Value, Var, vec
 from anyflash.kernels.llvm.scatter import Scatter
 from anyflash.kernels.llvm.spec import TASK_WORDS, Spec
+from anyflash.kernels.llvm.staging import Staging
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.derivative import derivative
 
@@ -80,10 +81,12 @@ class _Backward(Frame):
         self.spare = self.scratch(block_q * max(self.width, self.width_v, form.row_bytes(dim_v)))
         self.m, self.log2_l, self.delta = (self.scratch(self.row) for _ in range(3))
         self.bad_q, self.bad_do = b.var(I1, False), b.var(I1, False)
+        self.scatter = Scatter(self, spec) if self.want_dq else None
+        slopes = [] if self.scatter is None else [term.slope for term in self.scatter.terms]
+        self.staging = Staging(self, self.score, self.mask, self.slope, *slopes)
         # The sums of dK and dV lie behind everything of fixed size.
         self.dk_sums = b.at(self._scratch, self.scratch_bytes)
         self.dv_sums = b.at(self.dk_sums, self.word("acc_keys") * self.width)
-        self.scatter = Scatter(self, spec) if self.want_dq else None
 
     def task(self, number: Value, done: str) -> None:
         b = self.b
@@ -231,6 +234,7 @@ class _Backward(Frame):
         partial = (surely ^ True) | b.compare("lt", keys, whole) | b.compare("lt", rows, self.block_q)
         k = self.block_of_rows("k", seq, kv_head, key, keys, whole, self.k_rows)
         v = self.block_of_rows("v", seq, kv_head, key, keys, whole, self.v_rows)
+        self.staging.read(self.variables(seq, head, row, 0), row, rows, key, keys)
         form = self.form
         factor = None if spec.dot == "number" else self.number("scale") * self.unit
         for source, dim, columns, target, scale in (
@@ -245,11 +249,15 @@ class _Backward(Frame):
                 form.dims_a(source, dim), columns, whole, spec.query_vectors, form.depth(dim),
                 lambda j, vector: b.const(0.0, self.vector), store,
             )  # fmt: skip
+        if self.scatter is not None:
+            self.scatter.begin_tile()
         b.choose(
             partial,
             lambda: self.probabilities(seq, head, row, rows, key, whole, masked=True),
             lambda: self.probabilities(seq, head, row, rows, key, whole, masked=False),
         )
+        if self.scatter is not None:
+            self.scatter.finish_tile(self.variables(seq, head, row, 0), row, rows, key, keys)
         if self.want_dkv:
             for left, right, width, sums, bad in (
                 (self.s, self.do_tokens, self.width_v, self.dv_sums, self.bad_do),
@@ -272,8 +280,6 @@ class _Backward(Frame):
         zero = b.const(0.0, self.vector)
         together = self.form.keys_together
         waiting: dict[int, list[tuple[Value, Value]]] = {v: [] for v in self.vectors}
-        if self.scatter is not None:
-            self.scatter.begin_tile()
 
         def valid_rows(v: int) -> Value:
             lanes = b.iota(I64, self.lanes) + v * self.lanes
@@ -286,6 +292,7 @@ class _Backward(Frame):
             for v in self.vectors:
                 s, dp = (b.load(self.vector, self.at(x, j, v), self.size) for x in (self.s, self.ds))
                 emit = self.emitter({**fixed[v], "k": b.min(k, b.to_int(seq.k_len, I32) - 1), "score": s})
+                self.staging.supply(emit, j, v)
                 if self.score is not None:
                     s = b.splat(emit(self.score), self.lanes) * vmath.LOG2_E
                 live = self.allowed(emit, seq, k, valid_rows(v)) if masked else None
@@ -313,11 +320,9 @@ class _Backward(Frame):
                     self.put(j - (together - 1), v, waiting[v])
                     waiting[v] = []
             if self.scatter is not None:
-                self.scatter.add(emitters, grads)
+                self.scatter.add(j, emitters, grads)
 
         self.each_pair(whole, 4 if self.spec.dropout else together, pair)
-        if self.scatter is not None:
-            self.scatter.finish_tile()
 
     def put(self, key: Value, vector: int, values: list[tuple[Value, Value]]) -> None:
         """P and dS of neighbouring keys, as the products read them."""

@@ -24,6 +24,7 @@ from anyflash.kernels.llvm import layout, philox, tiles, vmath
 from anyflash.kernels.llvm.frame import Frame, Sequence
 from anyflash.kernels.llvm.ir import I32, I64, Builder, Scalar, Value, Var
 from anyflash.kernels.llvm.spec import Spec
+from anyflash.kernels.llvm.staging import Staging
 from anyflash.kernels.llvm.target import Target
 
 NAME = "forward"
@@ -55,6 +56,7 @@ class _Forward(Frame):
         self.v_rows = self.scratch(block_k * form.row_bytes(dim_v))
         self.v_pairs = self.scratch(form.token_bytes(block_k, dim_v))
         self.per_row = self.scratch(4 * self.row)  # 1 / l, lse, pivot, log2 l
+        self.staging = Staging(self, self.score, self.mask)
         self.m = [b.var(self.vector) for _ in self.vectors]
         self.l = [b.var(self.vector) for _ in self.vectors]
         self.best = [b.var(self.vector) for _ in self.vectors]
@@ -78,7 +80,7 @@ class _Forward(Frame):
                 keys = b.min(b.const(self.spec.block_k, I64), seq.k_len - key)
                 surely, possibly = self.tile_class(seq, head, row, rows, key, keys)
                 with b.when(possibly):
-                    self.tile(seq, head, row, key, keys, surely)
+                    self.tile(seq, head, row, rows, key, keys, surely)
             self.finish(seq, head, row, rows)
 
     def begin(self, seq: Sequence, head: Value, row: Value, rows: Value) -> None:
@@ -105,13 +107,16 @@ class _Forward(Frame):
             self.m[v].set(m)
             self.l[v].set(l)
 
-    def tile(self, seq: Sequence, head: Value, row: Value, key: Value, keys: Value, surely: Value) -> None:
+    def tile(
+        self, seq: Sequence, head: Value, row: Value, rows: Value, key: Value, keys: Value, surely: Value
+    ) -> None:
         b = self.b
         whole = self.whole_keys(keys)
         kv_head = head / self.word("group")
         partial = (surely ^ True) | b.compare("lt", keys, whole)
         k = self.block_of_rows("k", seq, kv_head, key, keys, whole, self.k_rows)
         v = self.block_of_rows("v", seq, kv_head, key, keys, whole, self.v_rows)
+        self.staging.read(self.variables(seq, head, row, 0), row, rows, key, keys)
         for best, m in zip(self.best, self.m, strict=True):
             best.set(m.get())
 
@@ -158,6 +163,7 @@ class _Forward(Frame):
                 place = self.score_at(j, v)
                 s = b.load(self.vector, place, self.size)
                 emit = self.emitter({**fixed[v], "k": b.min(k, b.to_int(seq.k_len, I32) - 1), "score": s})
+                self.staging.supply(emit, j, v)
                 if self.score is not None:
                     s = b.splat(emit(self.score), self.lanes) * vmath.LOG2_E
                 if masked:

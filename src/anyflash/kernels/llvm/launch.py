@@ -75,7 +75,8 @@ class Launch:
         dense = frozenset(
             n for n in ARRAYS[part] if arrays[n].shape[-1] <= 1 or _inner(arrays[n]) == arrays[n].itemsize
         )
-        self.spec = schedule.make_spec(problem, part, target, dense, "dlse" in rows)
+        codes = schedule.table_codes(problem, part in ("backward", "backward_dq"), tables, gradient_strides)
+        self.spec = schedule.make_spec(problem, part, target, dense, "dlse" in rows, codes)
         self.code = compiled(self.spec, target)
         self.lanes = schedule.lanes(target, problem.dtype)
         self.block_q = self.spec.query_vectors * self.lanes

@@ -1,8 +1,9 @@
 """Gradients of tables: what each pair adds to the element that its score read.
 
 How often an element is met decides how it is added up. An index that no query or key enters (a slope per
-head) gathers a vector over the whole tile and is reduced once; one that only the key enters, once a key; any
-other adds lane by lane, in the order of the lanes. All orders are fixed.
+head) gathers a vector over the whole tile and is reduced once; one that only the key enters, once a key; a
+dense table takes the tile as a whole (see staging); any other adds lane by lane, in the order of the lanes.
+All orders are fixed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from anyflash.kernels.llvm.emit import Emitter
 from anyflash.kernels.llvm.ir import I64, PTR, Value, Var
 from anyflash.kernels.llvm.spec import Spec
+from anyflash.kernels.llvm.staging import StagedGradient, staged_axes
 from anyflash.semantics.derivative import table_derivatives
 from anyflash.semantics.expr import Expr, walk
 
@@ -31,6 +33,7 @@ class _Term:
     variables: frozenset[str]
     total: Var | None = None
     offset: Var | None = None
+    staged: StagedGradient | None = None
 
 
 class Scatter:
@@ -42,7 +45,10 @@ class Scatter:
                 for slope, index in table_derivatives(frame.score, slot):
                     self.terms.append(_Term(slot, slope, index, _variables(index)))
         for term in self.terms:
-            if not term.variables & {"row", "q", "k", "score"}:
+            load = Expr("load", term.index, term.slot, "float")
+            if spec.tables[term.slot].staged and staged_axes(load):
+                term.staged = StagedGradient(frame, term.slot, load)
+            elif not term.variables & {"row", "q", "k", "score"}:
                 term.total, term.offset = self.b.var(frame.vector), self.b.var(I64)
         self.bases = {t.slot: self.b.var(PTR) for t in self.terms}
 
@@ -57,17 +63,22 @@ class Scatter:
             if term.total is not None:
                 term.total.set(0.0)
 
-    def add(self, emitters: list[Emitter], grads: list[tuple[Value, Value | None]]) -> None:
+    def add(self, j: Value, emitters: list[Emitter], grads: list[tuple[Value, Value | None]]) -> None:
         """One key against all vectors of queries: `grads` are (dL / d final score, allowed or None)."""
         b, frame = self.b, self.frame
         zero = b.const(0.0, frame.vector)
         for term in self.terms:
             parts: list[tuple[Value, Value]] = []
-            for emit, (ds, live) in zip(emitters, grads, strict=True):
+            for v, (emit, (ds, live)) in enumerate(zip(emitters, grads, strict=True)):
                 part = ds * b.splat(emit(term.slope), frame.lanes)
                 if live is not None:
                     part = b.select(live, part, zero)
-                parts.append((self._offset(term, emit), part))
+                if term.staged is not None:
+                    term.staged.put(j, v, part)
+                else:
+                    parts.append((self._offset(term, emit), part))
+            if not parts:
+                continue
             if parts[0][0].type == I64:
                 total = parts[0][1]
                 for _, part in parts[1:]:
@@ -82,8 +93,13 @@ class Scatter:
                     for lane in range(frame.lanes):
                         self._add_to(term.slot, b.lane(offsets, lane), b.lane(part, lane))
 
-    def finish_tile(self) -> None:
+    def finish_tile(
+        self, variables: dict[str, Value], row: Value, rows: Value, key: Value, keys: Value
+    ) -> None:
+        """`variables` are those of the tile's first queries."""
         for term in self.terms:
+            if term.staged is not None:
+                term.staged.add(self.bases[term.slot], variables, row, rows, key, keys)
             if term.total is not None and term.offset is not None:
                 self._add_to(term.slot, term.offset.get(), self.b.reduce("add", term.total.get()))
 

@@ -10,11 +10,15 @@ depend on anything but the Spec: it decides in which groups a row's keys are rou
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from anyflash.core.dtypes import kind
+from anyflash.core.view import View
 from anyflash.kernels.llvm.spec import TASK_WORDS, Dot, Part, Spec, TableCode
+from anyflash.kernels.llvm.staging import loads_of, staged_axes
 from anyflash.kernels.llvm.target import Target, get_target
 from anyflash.semantics.expr import Expr, walk
 from anyflash.semantics.problem import Problem
@@ -57,10 +61,10 @@ def query_vectors(target: Target, problem: Problem) -> int:
     """
     width = lanes(target, problem.dtype)
     needed = -(-problem.seqlen_q // width)
-    kind = dot(target, problem.dtype)
-    if kind == "tiles":
+    form = dot(target, problem.dtype)
+    if form == "tiles":
         return max(2, min(6, needed + needed % 2))
-    most = 3 if width >= 8 and kind == "number" else 6
+    most = 3 if width >= 8 and form == "number" else 6
     return most if needed > 3 else max(1, needed)
 
 
@@ -70,7 +74,9 @@ def bounds_block(block_q: int) -> int:
     return max(BLOCK_K, -(-block_q // BLOCK_K) * BLOCK_K)
 
 
-def table_codes(problem: Problem, gradients: bool) -> tuple[TableCode, ...]:
+def table_codes(
+    problem: Problem, gradients: bool, tables: Sequence[View], gradient_strides: Mapping[int, tuple[int, ...]]
+) -> tuple[TableCode, ...]:
     """How each table appears in code. Bounds help only where a mask reads the table."""
     mask = parse(problem.program.mask) if problem.program.mask else None
     axes = _bounded_axes(mask)
@@ -80,9 +86,24 @@ def table_codes(problem: Problem, gradients: bool) -> tuple[TableCode, ...]:
             len(t.shape),
             gradients and t.needs_grad,
             axes.get(i) if _bounds_possible(t.dtype) else None,
+            _stageable(problem, i, tables[i], gradient_strides.get(i)),
         )
         for i, t in enumerate(problem.tables)
     )
+
+
+def _stageable(problem: Problem, slot: int, table: View, gradient: tuple[int, ...] | None) -> bool:
+    """Whether some load takes (row, k) pairs of this table whose keys, and those of its gradient, are
+    contiguous."""
+    if kind(table.dtype) == "int":
+        return False
+    size = 8 if problem.dtype == "float64" else 4
+    for text in (problem.program.score, problem.program.mask):
+        for load in loads_of(parse(text)) if text else ():
+            axes = staged_axes(load) if load.value == slot else None
+            if axes and table.strides[axes[1]] == table.itemsize:
+                return gradient is None or gradient[axes[1]] == size
+    return False
 
 
 def _bounds_possible(dtype: str) -> bool:
@@ -109,7 +130,14 @@ def variables(expr: Expr) -> set[str]:
     return names
 
 
-def make_spec(problem: Problem, part: Part, target: Target, dense: frozenset[str], dlse: bool) -> Spec:
+def make_spec(
+    problem: Problem,
+    part: Part,
+    target: Target,
+    dense: frozenset[str],
+    dlse: bool,
+    codes: tuple[TableCode, ...],
+) -> Spec:
     program = problem.program
     vectors = query_vectors(target, problem)
     return Spec(
@@ -119,7 +147,7 @@ def make_spec(problem: Problem, part: Part, target: Target, dense: frozenset[str
         head_dim_v=problem.head_dim_v,
         score=program.score,
         mask=program.mask,
-        tables=table_codes(problem, gradients=part in ("backward", "backward_dq")),
+        tables=codes,
         dropout=program.dropout_p > 0.0,
         sinks=program.sinks,
         dlse=dlse,
