@@ -16,14 +16,12 @@ from anyflash.core.errors import InvalidCall
 from anyflash.frontends.base import Frontend
 
 _by_type: dict[type, Frontend] = {}
+_by_name: dict[str, Frontend] = {}
 
 
 def of(argument: str, array: Any) -> Frontend:
     """The frontend of an array. Raises InvalidCall, naming the argument, for what no frontend owns."""
-    kind = type(array)
-    if not _known(kind):
-        _refuse(argument, array)
-    return _by_type[kind]
+    return _by_name[_name_of(type(array)) or _refuse(argument, array)]
 
 
 def same(frontend: Frontend, argument: str, array: Any) -> None:
@@ -52,21 +50,29 @@ def load(framework: str) -> Frontend:
     return importlib.import_module(f"{anyflash.frontends.__name__}.{framework}_").FRONTEND
 
 
-def _known(kind: type) -> bool:
-    """Is there a frontend for arrays of this type? Leaves it in `_by_type`."""
-    if kind in _by_type:
-        return True
+def _name_of(kind: type) -> str | None:
+    """The name of the frontend that owns arrays of this type; leaves the frontend in `_by_name`."""
+    found = _by_type.get(kind)
+    if found is None:
+        found = _find(kind)
+        if found is None:
+            return None
+        _by_type[kind] = found
+    _by_name[found.name] = found
+    return found.name
+
+
+# torch.compile calls this while it traces and keeps the name; it cannot trace the search and the imports.
+_name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _find(kind: type) -> Frontend | None:
     for framework in frameworks():
         if framework in sys.modules:
             frontend = load(framework)
             if frontend.owns(kind):
-                _by_type[kind] = frontend
-                return True
-    return False
-
-
-# torch.compile calls this while it traces and keeps the answer; it cannot trace the search and the imports.
-_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+                return frontend
+    return None
 
 
 def _refuse(argument: str, array: Any) -> NoReturn:
