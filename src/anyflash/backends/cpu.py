@@ -60,6 +60,7 @@ class CpuBackend:
     def forward(self, problem: Problem, config: Config, operands: Operands, results: Results) -> None:
         from anyflash.kernels.llvm import launch
 
+        self._fill_rows_of_no_sequence(problem, operands, results)
         if problem.batch == 0 or 0 in results.out.shape:
             return
         arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out": results.out}
@@ -138,6 +139,17 @@ class CpuBackend:
                     values[f"grad{i}_partial"] = 0 if own is None else own.strides[0]
         work = self._launch(problem, walk.part, config, arrays, rows, operands.tables, strides)
         work.run(operands, values, len(walk.tasks), threads, walk.acc_keys)
+
+    @staticmethod
+    def _fill_rows_of_no_sequence(problem: Problem, operands: Operands, results: Results) -> None:
+        """Packed rows behind the last sequence have no task that would write them."""
+        if operands.cu_seqlens_q is None:
+            return
+        used = int(as_numpy(operands.cu_seqlens_q)[-1])
+        if used < problem.total_q:
+            as_numpy(results.out)[used:] = 0
+            as_numpy(results.lse)[:, used:] = -np.inf
+            as_numpy(results.stats)[:, :, used:] = np.array([-np.inf, 0.0])[:, None, None]
 
     @staticmethod
     def _zero_unused_keys(problem: Problem, operands: Operands, grads: Gradients) -> None:
