@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Frameworks' own extras. An attribute, not an import, so that importing anyflash imports no framework.
-_FRAMEWORKS = {"torch": "anyflash.frontends.torch_"}
+_FRAMEWORKS = {"torch": "anyflash.torch"}
 
 _log.configure()
 

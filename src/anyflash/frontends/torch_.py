@@ -1,0 +1,91 @@
+"""torch tensors. Forward and backward are operators of torch (torch_op.py); this is what calls them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anyflash.core import threads
+from anyflash.core.view import View
+from anyflash.frontends import torch_arrays, torch_autograd, torch_op, torch_vmap
+from anyflash.frontends.base import Request
+
+__all__ = ["FRONTEND", "torch_autograd", "torch_vmap"]
+
+_DENSE = torch_op.FORWARD["attention"]
+_PACKED = torch_op.FORWARD["attention_varlen"]
+
+threads.set_provider(torch.get_num_threads)
+
+
+class Torch:
+    name = "torch"
+
+    def owns(self, kind: type) -> bool:
+        return issubclass(kind, Tensor)
+
+    def dtype(self, array: Tensor) -> str:
+        return torch_arrays.dtype_name(array)
+
+    def view(self, array: Tensor) -> View:
+        return torch_arrays.view(array)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Tensor) -> tuple[Tensor, View]:
+        array = like.new_empty(shape, dtype=torch_arrays.DTYPES[dtype])
+        return array, torch_arrays.view(array)
+
+    def attend(self, request: Request) -> tuple[Tensor, Tensor]:
+        q, k, v = request.q, request.k, request.v
+        if torch._C._is_any_autocast_enabled():
+            q, k, v = _autocast(q, k, v)
+        seed = _seed(request.seed) if request.dropout else None
+        tables, names = list(request.tables), list(request.names)
+        call = (seed, names, request.program, request.layout, request.backend)
+        if request.cu_seqlens_q is None:
+            out, lse, _ = _DENSE(q, k, v, tables, request.sinks, *call)
+        else:
+            lengths = (request.cu_seqlens_q, request.cu_seqlens_k, request.seqused_k)
+            out, lse, _ = _PACKED(q, k, v, tables, request.sinks, *lengths, *call)
+        return out, lse
+
+    def merge(
+        self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: str
+    ) -> tuple[Tensor, Tensor]:
+        """As `semantics.lse.merge`, from operations that torch differentiates."""
+        nothing = (lse_a == -torch.inf) & (lse_b == -torch.inf)
+        lse = torch.logaddexp(lse_a.masked_fill(nothing, 0.0), lse_b.masked_fill(nothing, 0.0))
+        total = torch.zeros((), dtype=lse.dtype, device=lse.device)
+        for out, part in ((out_a, lse_a), (out_b, lse_b)):
+            empty = part == -torch.inf
+            share = (part.masked_fill(empty, 0.0) - lse).exp().masked_fill(empty, 0.0)
+            kept = out.to(lse.dtype).masked_fill(_along_out(empty, layout), 0.0)
+            total = total + _along_out(share, layout) * kept
+        return total.to(out_a.dtype), lse.masked_fill(nothing, -torch.inf).to(lse_a.dtype)
+
+
+def _along_out(lse: Tensor, layout: str) -> Tensor:
+    return (lse if layout == "bhsd" else lse.transpose(-1, -2)).unsqueeze(-1)
+
+
+def _autocast(q: Tensor, *others: Tensor) -> list[Tensor]:
+    """q, k and v in the autocast dtype, as torch's own attention takes them; float64 stays."""
+    kind = q.device.type
+    tensors = [q, *others]
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors]
+
+
+def _seed(seed: int | None) -> Tensor:
+    """The seed as a tensor, so that a compiled call is not compiled anew for another one.
+
+    None draws it from torch's CPU generator: torch.manual_seed reproduces it, and activation checkpointing,
+    which restores that generator, drops the same elements again.
+    """
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64)
+    return torch.tensor(seed, dtype=torch.int64)
+
+
+FRONTEND = Torch()
