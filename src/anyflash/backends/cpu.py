@@ -58,15 +58,19 @@ class CpuBackend:
         return Config(host_target().name)
 
     def forward(self, problem: Problem, config: Config, operands: Operands, results: Results) -> None:
-        from anyflash.kernels.llvm import launch
+        from anyflash.kernels.llvm import launch, schedule
 
         self._fill_rows_of_no_sequence(problem, operands, results)
         if problem.batch == 0 or 0 in results.out.shape:
             return
         arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out": results.out}
         rows = {"lse": results.lse, "stats": results.stats}
-        work = self._launch(problem, "forward", config, arrays, rows, operands.tables, {})
-        tasks = problem.batch * problem.heads_q * work.num_q_blocks
+        if schedule.decode_rows(problem):
+            work = self._launch(problem, "decode", config, arrays, rows, operands.tables, {})
+            tasks = problem.batch * problem.heads_kv * schedule.splits(problem)
+        else:
+            work = self._launch(problem, "forward", config, arrays, rows, operands.tables, {})
+            tasks = problem.batch * problem.heads_q * work.num_q_blocks
         work.run(operands, launch.addresses([*arrays.items(), *rows.items()]), tasks, _threads(problem), 0)
 
     def backward(

@@ -151,16 +151,21 @@ class Frame:
         self, seq: Sequence, head: Value, row: Value, rows: Value, key: Value, keys: Value
     ) -> Interval[Value]:
         """(every pair of the tile is allowed, some pair may be) for `rows` x `keys` valid pairs."""
+        return self.box_class(seq, (head, head), (row, row + rows - 1), (key, key + keys - 1))
+
+    def box_class(
+        self, seq: Sequence, heads: Interval[Value], rows: Interval[Value], keys: Interval[Value]
+    ) -> Interval[Value]:
+        """The same for inclusive ranges."""
         b = self.b
         if self.mask is None:
             return b.const(True, "i1"), b.const(True, "i1")
-        last_row, last_key = row + rows - 1, key + keys - 1
         env = {
             "batch": (seq.batch, seq.batch),
-            "head": (head, head),
-            "row": (row, last_row),
-            "q": (row + seq.offset, last_row + seq.offset),
-            "k": (key, last_key),
+            "head": heads,
+            "row": rows,
+            "q": (rows[0] + seq.offset, rows[1] + seq.offset),
+            "k": keys,
             "q_len": (seq.q_len, seq.q_len),
             "k_len": (seq.k_len, seq.k_len),
         }

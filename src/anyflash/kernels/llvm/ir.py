@@ -284,9 +284,9 @@ class Builder:
             variable.set(value)
         return variable
 
-    def atomic_increment(self, pointer: Value) -> Value:
+    def atomic_increment(self, pointer: Value, ordering: str = "monotonic") -> Value:
         """The counter's value before it is raised by one."""
-        return self.value(f"atomicrmw add ptr {pointer.name}, i64 1 monotonic", I64)
+        return self.value(f"atomicrmw add ptr {pointer.name}, i64 1 {ordering}", I64)
 
     def jump(self, label: str) -> None:
         self.emit(f"br label %{label}")

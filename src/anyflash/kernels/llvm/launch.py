@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from anyflash.core.view import View
 from anyflash.kernels.llvm import engine, pool, schedule
 from anyflash.kernels.llvm.backward import emit_backward
+from anyflash.kernels.llvm.decode import emit_decode, partial_bytes
 from anyflash.kernels.llvm.forward import emit_forward
 from anyflash.kernels.llvm.layout import padded
 from anyflash.kernels.llvm.limits import check_table
@@ -53,7 +54,7 @@ def compiled(spec: Spec, target: Target) -> Code:
 
 def _emitted(spec: Spec, target: Target) -> str:
     """The module's text. The scratch size is in it, so that a stored object needs no emitter."""
-    emit = emit_forward if spec.part == "forward" else emit_backward
+    emit = {"forward": emit_forward, "decode": emit_decode}.get(spec.part, emit_backward)
     ir, scratch_bytes = emit(spec, target)
     return f"{ir}\n@scratch_bytes = constant i64 {scratch_bytes}\n"
 
@@ -160,6 +161,8 @@ class Launch:
                 values[f"bounds{i}"] = bounds.ctypes.data
                 for a in range(view.ndim):
                     values[f"bounds{i}_stride{a}"] = bounds.strides[a]
+        if self.part == "decode":
+            kept += self._split(values)
         with pool.lease(min(threads, num_tasks)) as team:
             scratch = team.scratch(self.code.scratch_bytes + acc_keys * self.bytes_a_key)
             places = (ctypes.c_int64 * len(scratch))(*scratch)
@@ -168,6 +171,17 @@ class Launch:
             counter = (ctypes.c_int64 * _COUNTER_WORDS)()
             block[self.block.index["counter"]] = ctypes.addressof(counter) + 8 * _COUNTER_WORDS // 2
             team.run(self.code.address, ctypes.addressof(block))
+
+    def _split(self, values: dict[str, int]) -> list[object]:
+        """Shared memory in which the splits of a decode meet."""
+        problem, splits = self.problem, schedule.splits(self.problem)
+        values["splits"] = splits
+        groups = problem.batch * problem.heads_kv
+        size = partial_bytes(self.spec.decode_rows, padded(problem.head_dim_v, self.lanes), self.size)
+        partials = np.empty(groups * splits * size if splits > 1 else 0, np.uint8)
+        arrivals = np.zeros(groups, np.int64)
+        values["partials"], values["arrivals"] = partials.ctypes.data, arrivals.ctypes.data
+        return [partials, arrivals]
 
 
 def _inner(view: View) -> int:

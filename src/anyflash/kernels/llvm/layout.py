@@ -172,7 +172,7 @@ def unpack_rows(
 def transpose(
     b: Builder,
     source: Value,
-    source_stride: int,
+    source_stride: Scalar,
     target: Value,
     target_stride: int,
     row_vectors: Scalar,

@@ -17,6 +17,7 @@ import numpy as np
 
 from anyflash.core.dtypes import kind
 from anyflash.core.view import View
+from anyflash.kernels.llvm.decode import SPLIT_KEYS
 from anyflash.kernels.llvm.spec import TASK_WORDS, Dot, Part, Spec, TableCode
 from anyflash.kernels.llvm.staging import loads_of, staged_axes
 from anyflash.kernels.llvm.target import Target, get_target
@@ -38,6 +39,12 @@ def lanes(target: Target, dtype: str) -> int:
 def tile(target: Target) -> tuple[int, int]:
     """Rows and vectors of accumulators that leave registers for the operands."""
     return (8, 3) if target.num_registers >= 32 else (4, 3)
+
+
+def decode_tile(target: Target, rows: int) -> tuple[int, int]:
+    """As `tile`, for products of few rows."""
+    registers = 24 if target.num_registers >= 32 else 12
+    return (rows, max(1, min(8, registers // rows)))
 
 
 def block_q(problem: Problem, target_name: str) -> int:
@@ -66,6 +73,24 @@ def query_vectors(target: Target, problem: Problem) -> int:
         return max(2, min(6, needed + needed % 2))
     most = 3 if width >= 8 and form == "number" else 6
     return most if needed > 3 else max(1, needed)
+
+
+# Above this many rows a key head, a lane each, the forward is faster.
+DECODE_ROWS = 8
+
+
+def decode_rows(problem: Problem) -> int:
+    """Rows of a decode's row group, rounded up so that few kernels serve all; 0 where the forward is to be
+    used."""
+    rows = problem.group * problem.seqlen_q
+    if rows > DECODE_ROWS or problem.program.dropout_p > 0.0:
+        return 0
+    return next(n for n in (1, 2, 4, 8) if n >= rows)
+
+
+def splits(problem: Problem) -> int:
+    """Splits of the longest sequence."""
+    return max(1, -(-problem.seqlen_k // SPLIT_KEYS))
 
 
 def bounds_block(block_q: int) -> int:
@@ -154,9 +179,10 @@ def make_spec(
         dense=dense,
         query_vectors=vectors,
         block_k=BLOCK_K,
-        dot=dot(target, problem.dtype),
-        tile=tile(target),
+        dot="number" if part == "decode" else dot(target, problem.dtype),
+        tile=decode_tile(target, decode_rows(problem)) if part == "decode" else tile(target),
         bounds_block=bounds_block(vectors * lanes(target, problem.dtype)),
+        decode_rows=decode_rows(problem) if part == "decode" else 0,
     )
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Dot = Literal["number", "pair", "tiles"]
-Part = Literal["forward", "backward", "backward_dq", "backward_dkv"]
+Part = Literal["forward", "decode", "backward", "backward_dq", "backward_dkv"]
 ARRAYS: Mapping[Part, tuple[str, ...]] = {
     "forward": ("q", "k", "v", "out"),
+    "decode": ("q", "k", "v", "out"),
     "backward": ("q", "k", "v", "out", "dout", "dq", "dk", "dv"),
     "backward_dq": ("q", "k", "v", "out", "dout", "dq"),
     "backward_dkv": ("q", "k", "v", "out", "dout", "dk", "dv"),
@@ -39,7 +40,7 @@ class TableCode:
 class Spec:
     """`dense` names the arrays whose head_dim is contiguous. Tile sizes: `query_vectors` vectors of queries
     by `block_k` keys; `dot` is the form of the products' operands (see form) and `tile` their register tile
-    (rows, vectors)."""
+    (rows, vectors). `decode_rows` counts the rows of a decode's row group."""
 
     part: Part
     dtype: str
@@ -57,6 +58,7 @@ class Spec:
     dot: Dot
     tile: tuple[int, int]
     bounds_block: int
+    decode_rows: int = 0
 
     @property
     def key(self) -> str:
@@ -68,8 +70,8 @@ class Spec:
 
 COMMON = (
     "counter", "num_tasks", "tasks", "scratch", "sequences", "heads_q", "group",
-    "num_q_blocks", "acc_keys", "scale", "keep_scale", "drop_threshold", "seed_low", "seed_high",
-    "sinks", "sinks_stride", "dsinks",
+    "num_q_blocks", "acc_keys", "splits", "partials", "arrivals", "scale", "keep_scale", "drop_threshold",
+    "seed_low", "seed_high", "sinks", "sinks_stride", "dsinks",
     "lse", "lse_batch", "lse_head", "lse_token",
     "stats", "stats_plane", "stats_batch", "stats_head", "stats_token",
     "dlse", "dlse_batch", "dlse_head", "dlse_token",
