@@ -258,7 +258,8 @@ class _Decode(Frame):
 
         self.with_guard(
             lambda: product(
-                b, self.form.dot, p, v, self.rows_static, vectors, spec.block_k, tile=spec.tile, start=start, finish=finish
+                b, self.form.dot, p, v, self.rows_static, vectors, spec.block_k, tile=spec.tile, start=start,
+                finish=finish,
             ),
             lambda: guarded_product(
                 b, self.form.dot, p, v, self.rows_static, vectors, spec.block_k, probability="a", start=start,
