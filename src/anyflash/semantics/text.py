@@ -9,10 +9,11 @@ float, int or bool. The text never contains `|`, which separates the parts of a 
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 from anyflash.core.errors import InvalidCall
 from anyflash.semantics.expr import (
@@ -99,17 +100,23 @@ def bind(exprs: Sequence[Expr | None]) -> tuple[list[Expr | None], list[Table]]:
         return len(tables) - 1
 
     def visit(expr: Expr) -> Expr:
-        if id(expr) in done:
-            return done[id(expr)]
-        value = slot(expr.value) if isinstance(expr.value, Table) else expr.value
-        args = tuple(visit(a) for a in expr.args)
-        unchanged = value is expr.value and all(a is b for a, b in zip(args, expr.args, strict=True))
-        done[id(expr)] = expr if unchanged else Expr(expr.op, args, value, expr.kind)
-        return done[id(expr)]
+        old, value = expr.args, expr.value
+        if not old and expr.op != "load":
+            return expr
+        made = done.get(id(expr))
+        if made is None:
+            args = tuple([visit(a) for a in old])
+            if isinstance(value, Table):
+                made = Expr(expr.op, args, slot(value), expr.kind)
+            else:
+                unchanged = all(map(operator.is_, args, old))
+                made = expr if unchanged else Expr(expr.op, args, value, expr.kind)
+            done[id(expr)] = made
+        return made
 
     for expr in exprs:
-        if expr is not None:
-            _check_size(expr)
+        if expr is not None and _budget_left(expr, MAX_NODES, MAX_DEPTH) < 0:
+            _refuse_size(expr)
     return [None if expr is None else visit(expr) for expr in exprs], tables
 
 
@@ -171,8 +178,22 @@ def _operation(op: str, args: tuple[Expr, ...]) -> Expr:
     return node(op, args)
 
 
-def _check_size(expr: Expr) -> None:
-    """Every walk over a tree visits shared nodes once for each use, so a small graph may be a huge tree."""
+def _budget_left(expr: Expr, nodes: int, depth: int) -> int:
+    """What is left of `nodes` after a walk over the tree, at most `depth` deep; negative if it is too large.
+
+    Every walk visits shared nodes once for each use, so a small graph may be a huge tree; this one gives up.
+    """
+    nodes -= 1
+    if depth == 0:
+        return -1
+    for a in expr.args:
+        if nodes < 0:
+            break
+        nodes = _budget_left(a, nodes, depth - 1)
+    return nodes
+
+
+def _refuse_size(expr: Expr) -> NoReturn:
     seen: dict[int, tuple[int, int]] = {}
     stack = [(expr, False)]
     while stack:
@@ -186,13 +207,12 @@ def _check_size(expr: Expr) -> None:
         sizes = [seen[id(a)] for a in item.args]
         seen[id(item)] = (1 + sum(n for n, _ in sizes), 1 + max([0, *(d for _, d in sizes)]))
     nodes, depth = seen[id(expr)]
-    if nodes > MAX_NODES or depth > MAX_DEPTH:
-        raise InvalidCall(
-            "score or mask",
-            f"an expression of {nodes} operations, nested {depth} deep",
-            f"at most {MAX_NODES} operations, nested at most {MAX_DEPTH} deep",
-            "Put values that depend on positions alone into an anyflash.table",
-        )
+    raise InvalidCall(
+        "score or mask",
+        f"an expression of {nodes} operations, nested {depth} deep",
+        f"at most {MAX_NODES} operations, nested at most {MAX_DEPTH} deep",
+        "Put values that depend on positions alone into an anyflash.table",
+    )
 
 
 _INFIX = {
