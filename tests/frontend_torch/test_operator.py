@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frontend_torch.cases import Case, each_backend, each_case
+from anyflash.frontends import torch_autograd, torch_op
+from frontend_torch.cases import CASES, Case, each_backend, each_case
 
 
 class _Recorder(TorchDispatchMode):
@@ -53,6 +55,28 @@ def test_opcheck(case, backend):
     torch.library.opcheck(forward[0], _fresh(forward[1], requires_grad=False))
     # The backward has no derivative of its own (test_autograd.py), so it is checked without gradients.
     torch.library.opcheck(backward[0], _fresh(backward[1], requires_grad=False))
+
+
+@each_backend
+def test_ordinary_call_skips_the_dispatcher(backend, monkeypatch):
+    """Below autograd an ordinary call goes straight to the kernel; one that a mode looks at does not."""
+    called = []
+
+    def kernel(*args):
+        called.append(args)
+        return torch_op.forward_kernel(*args)
+
+    monkeypatch.setattr(torch_autograd, "forward_kernel", kernel)
+    case = CASES[0]
+    with torch.no_grad():
+        case.run(case.tensors(), backend)
+    case.run(case.tensors(), backend)
+    assert len(called) == 2
+    with _Recorder():
+        case.run(case.tensors(), backend)
+    with FakeTensorMode() as fake:
+        case.run({name: fake.from_tensor(t.detach()) for name, t in case.tensors().items()}, backend)
+    assert len(called) == 2
 
 
 @each_backend

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from torch import Tensor
 from anyflash.core.device import CPU, Device
 from anyflash.core.dtypes import ITEMSIZE
 from anyflash.core.view import View
+from anyflash.semantics.operands import Results
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEMSIZE}
 _ELEMENTS: dict[torch.dtype, tuple[str, int]] = {
     dtype: (name, ITEMSIZE[name]) for name, dtype in DTYPES.items()
 }
+_STRIDED = torch.strided
 _KINDS = {"cuda": "hip" if torch.version.hip else "cuda", "mps": "metal"}
 _devices: dict[torch.device, Device] = {torch.device("cpu"): CPU}
 
@@ -29,14 +32,14 @@ def dtype_name(tensor: Tensor) -> str:
 def view(tensor: Tensor) -> View:
     """The memory of a tensor. One without strides (sparse) has a dtype that says so and that nobody takes."""
     element = _ELEMENTS.get(tensor.dtype)
-    if element is None or tensor.layout is not torch.strided:
+    if element is None or tensor.layout is not _STRIDED:
         return _unusable(tensor)
     name, size = element
     device = tensor.device
     return View(
         tensor.data_ptr(),
-        tuple(tensor.shape),
-        tuple([step * size for step in tensor.stride()]),
+        tensor.shape,
+        _in_bytes(tensor.stride(), size),
         name,
         _devices.get(device) or _new_device(device),
         True,
@@ -44,9 +47,14 @@ def view(tensor: Tensor) -> View:
     )
 
 
+@lru_cache(maxsize=4096)
+def _in_bytes(steps: tuple[int, ...], size: int) -> tuple[int, ...]:
+    return tuple([step * size for step in steps])
+
+
 def _unusable(tensor: Tensor) -> View:
     dtype, shape = dtype_name(tensor), tuple(tensor.shape)
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not _STRIDED:
         dtype = f"{dtype} in layout {tensor.layout}"
     return View(None, shape, (0,) * len(shape), dtype, _new_device(tensor.device), False, tensor)
 
@@ -61,26 +69,62 @@ def statistic(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
-def empty_results(layout: str, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """New (out, lse, stats) of a call: real, fake or symbolic as q is.
+class _Form(NamedTuple):
+    """Shapes and strides, in elements, of the results of a call."""
+
+    out: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    lse: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+    stats: tuple[int, ...]
+    stats_strides: tuple[int, ...]
+
+
+def _form(layout: str, q_shape: tuple[int, ...], dim: int) -> _Form:
+    """The form of results for a query of `q_shape` in `layout` and values of `dim`; extents may be symbolic.
 
     "bhsd" memory is ordered as "bshd", as torch's own attention does: the transpose and reshape that follow
     an attention layer then cost nothing.
     """
-    shape: Sequence[Any] = q.shape
-    dim = v.shape[-1]
-    if layout == "bhsd":
-        batch, heads, seqlen, _ = shape
-        strides = (seqlen * heads * dim, dim, heads * dim, 1)
-        out = q.new_empty_strided((batch, heads, seqlen, dim), strides)
-        rows = (batch, heads, seqlen)
-    elif layout == "thd":
-        total, heads, _ = shape
-        out = q.new_empty((total, heads, dim))
-        rows = (heads, total)
+    if layout == "thd":
+        total, heads, _ = q_shape
+        rows, lse, lse_strides = heads * total, (heads, total), (total, 1)
+        out, out_strides = (total, heads, dim), (heads * dim, dim, 1)
     else:
-        batch, seqlen, heads, _ = shape
-        out = q.new_empty((batch, seqlen, heads, dim))
-        rows = (batch, heads, seqlen)
+        batch, seqlen, heads, _ = q_shape if layout == "bshd" else _swapped(q_shape)
+        each = heads * seqlen
+        rows, lse, lse_strides = batch * each, (batch, heads, seqlen), (each, seqlen, 1)
+        out, out_strides = (batch, seqlen, heads, dim), (each * dim, heads * dim, dim, 1)
+        if layout == "bhsd":
+            out, out_strides = _swapped(out), _swapped(out_strides)
+    return _Form(out, out_strides, lse, lse_strides, (2, *lse), (rows, *lse_strides))
+
+
+_known_form = lru_cache(maxsize=4096)(_form)
+
+
+def _swapped(axes: Sequence[int]) -> tuple[int, ...]:
+    return axes[0], axes[2], axes[1], axes[3]
+
+
+def fake_results(layout: str, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """New (out, lse, stats) of a call from shapes alone, which may be symbolic."""
+    return _new_results(_form(layout, tuple(q.shape), v.shape[-1]), q)
+
+
+def new_results(layout: str, q: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Results]:
+    """New (out, lse, stats) of a call, and their views in canonical axes."""
+    form = _known_form(layout, q.shape, v.shape[-1])
+    made = _new_results(form, q)
+    out = view(made[0])
+    return made, Results(out.permute((0, 2, 1, 3)) if layout == "bhsd" else out, view(made[1]), view(made[2]))
+
+
+def _new_results(form: _Form, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = statistic(q)
-    return out, q.new_empty(rows, dtype=dtype), q.new_empty((2, *rows), dtype=dtype)
+    # With strides, because torch takes a third longer to make a tensor without them.
+    return (
+        q.new_empty_strided(form.out, form.out_strides),
+        q.new_empty_strided(form.lse, form.lse_strides, dtype=dtype),
+        q.new_empty_strided(form.stats, form.stats_strides, dtype=dtype),
+    )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import (
+    DispatchKey,
     DispatchKeySet,
     _after_autograd_keyset,
     _any_requires_grad,
@@ -23,7 +24,15 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from anyflash.core.errors import Unsupported
-from anyflash.frontends.torch_op import BACKWARD, FORWARD, KINDS, LIBRARY, split
+from anyflash.frontends.torch_op import (
+    BACKWARD,
+    FORWARD,
+    KINDS,
+    LIBRARY,
+    backward_kernel,
+    forward_kernel,
+    split,
+)
 
 
 class _Attention(torch.autograd.Function):
@@ -35,7 +44,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: DispatchKeySet, kind: str, call: tuple[Any, ...], *flat: Any) -> Any:
         """flat: q, k, v, sinks, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, *tables."""
-        results = _below_function(FORWARD[kind], keyset, *_arguments(kind, flat), *call)
+        results = _below_function(FORWARD[kind], forward_kernel, keyset, *_arguments(kind, flat), *call)
         out, _, stats = results
         ctx.save_for_backward(out, stats, *flat)
         ctx.mark_non_differentiable(stats)
@@ -75,7 +84,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: DispatchKeySet, kind: str, args: tuple[Any, ...], *flat: Any) -> Any:
-        return tuple(_below_function(BACKWARD[kind], keyset, *args))
+        return tuple(_below_function(BACKWARD[kind], backward_kernel, keyset, *args))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -87,19 +96,27 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _below(op: Any, keyset: DispatchKeySet, *args: Any) -> Any:
+# What is left of a call on ordinary CPU tensors below autograd: the kernel. Calling that directly saves the
+# 5 us of another pass through the dispatcher. Any mode, transform or other kind of tensor adds a key.
+_PLAIN = DispatchKeySet(DispatchKey.CPU)
+
+
+def _below(op: Any, kernel: Any, keyset: DispatchKeySet, *args: Any) -> Any:
     """Call `op` under the Autograd kernel that was given `keyset`."""
+    below = keyset & _after_autograd_keyset
+    if below == _PLAIN:
+        return kernel(*args)
     with _AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & _after_autograd_keyset, *args)
+        return op.redispatch(below, *args)
 
 
-def _below_function(op: Any, keyset: DispatchKeySet, *args: Any) -> Any:
+def _below_function(op: Any, kernel: Any, keyset: DispatchKeySet, *args: Any) -> Any:
     """`_below` for the forward of a Function, which torch runs without gradients: functorch levels further
     out want theirs."""
     if not _are_functorch_transforms_active():
-        return _below(op, keyset, *args)
+        return _below(op, kernel, keyset, *args)
     with torch.enable_grad():
-        return _below(op, keyset, *args)
+        return _below(op, kernel, keyset, *args)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -143,13 +160,13 @@ def _register(kind: str) -> None:
             lengths, seed, call = split(rest)
             flat = (q, k, v, sinks, seed, *(lengths or (None, None, None)), *tables)
             return _apply(_Attention, keyset, kind, call, *flat)
-        return _below(forward, keyset, q, k, v, tables, sinks, *rest)
+        return _below(forward, forward_kernel, keyset, q, k, v, tables, sinks, *rest)
 
     def gradients(keyset: DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             tensors = [a for arg in args for a in (arg if isinstance(arg, list) else (arg,))]
             return list(_apply(_Gradients, keyset, kind, args, *tensors))
-        return _below(backward, keyset, *args)
+        return _below(backward, backward_kernel, keyset, *args)
 
     LIBRARY.impl(kind, attention, "Autograd", with_keyset=True)
     LIBRARY.impl(f"{kind}_backward", gradients, "Autograd", with_keyset=True)

@@ -20,9 +20,9 @@ from torch import Tensor
 from anyflash.core.errors import InvalidCall
 from anyflash.core.view import View
 from anyflash.dispatch.plan import run_backward, run_forward
-from anyflash.frontends.torch_arrays import empty_results, statistic, view
+from anyflash.frontends.torch_arrays import fake_results, new_results, statistic, view
 from anyflash.semantics.describe import describe
-from anyflash.semantics.operands import Gradients, Operands, Results, Saved
+from anyflash.semantics.operands import Gradients, Operands, Saved
 from anyflash.semantics.problem import Problem
 
 _LENGTHS = {
@@ -49,14 +49,14 @@ def split(rest: Sequence[Any]) -> tuple[Sequence[Tensor | None], Tensor | None, 
     return rest[:-5], rest[-5], rest[-4:]
 
 
-def _forward(
+def forward_kernel(
     q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], sinks: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem, operands = _describe(q, k, v, tables, sinks, rest)
     layout, backend = rest[-2:]
-    out, lse, stats = empty_results(layout, q, v)
-    run_forward(problem, operands, Results(_canonical(layout, out), view(lse), view(stats)), backend)
-    return out, lse, stats
+    made, results = new_results(layout, q, v)
+    run_forward(problem, operands, results, backend)
+    return made
 
 
 def _forward_fake(
@@ -73,10 +73,10 @@ def _forward_fake(
                 f"{q.device}, the device of q",
                 "All arrays of a call lie on one device",
             )
-    return empty_results(layout, q, v)
+    return fake_results(layout, q, v)
 
 
-def _backward(
+def backward_kernel(
     dout: Tensor | None,
     dlse: Tensor | None,
     out: Tensor,
@@ -185,5 +185,5 @@ def _register(schema: str, kind: str, kernel: Any, fake: Any) -> Any:
     return getattr(torch.ops.anyflash, name).default
 
 
-FORWARD = {kind: _register(_FORWARD, kind, _forward, _forward_fake) for kind in KINDS}
-BACKWARD = {kind: _register(_BACKWARD, kind, _backward, _backward_fake) for kind in KINDS}
+FORWARD = {kind: _register(_FORWARD, kind, forward_kernel, _forward_fake) for kind in KINDS}
+BACKWARD = {kind: _register(_BACKWARD, kind, backward_kernel, _backward_fake) for kind in KINDS}
