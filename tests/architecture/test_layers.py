@@ -24,6 +24,7 @@ LAYERS = {
     "kvcache": 7,
     "parallel": 7,
     "adoption": 8,
+    "bench": 8,
     "contract": 8,
     "cli": 9,
     "": 10,  # __init__: the public names
