@@ -1,7 +1,7 @@
 """Attention backward, by recomputing each tile's probabilities.
 
     delta   = sum_d dO[i, d] out[i, d] - dlse[i]
-    S       as in the forward;   P = 2**(S - m - log2 l)
+    S       as in the forward;   P = exp(S - m) / l
     dP      = V dO^T                             [block_k, block_q], as S
     dS      = P (dP - delta) * dprogram/dscore
     dV[j]  += P dO        dK[j] += dS (scale Q)  rows of keys, head_dim along the lanes
@@ -53,8 +53,6 @@ class _Backward(Frame):
         self.vectors = range(spec.query_vectors)
         self.want_dq = spec.part in ("backward", "backward_dq")
         self.want_dkv = spec.part in ("backward", "backward_dkv")
-        self.plain = self.score is None
-        self.unit = vmath.LOG2_E if self.plain else 1.0
         self.slope = None if self.score is None else derivative(self.score)
         self.width, self.width_v = self.dim * self.size, self.dim_v * self.size
         form, dim, dim_v, block_q, block_k = (
@@ -190,12 +188,10 @@ class _Backward(Frame):
     def sink_gradient(self, seq: Sequence, head: Value, block: Value) -> None:
         """One partial sum a query block; the caller adds them up in order."""
         b = self.b
-        sink = (
-            b.load(self.element, b.at(self.pointer("sinks"), head * self.word("sinks_stride"))) * vmath.LOG2_E
-        )
+        sink = b.load(self.element, b.at(self.pointer("sinks"), head * self.word("sinks_stride"))) * self.unit
         total = b.const(0.0, self.vector)
         for v in self.vectors:
-            p = self.exp2(sink - self.per_row(self.m, v) - self.per_row(self.log2_l, v))
+            p = self.exp(sink - self.per_row(self.m, v), self.per_row(self.log2_l, v))
             term = p * self.per_row(self.delta, v)
             total = total - b.select(b.compare("eq", p, 0.0), b.const(0.0, self.vector), term)
         index = (seq.batch * self.word("heads_q") + head) * self.word("num_q_blocks") + block
@@ -294,12 +290,12 @@ class _Backward(Frame):
                 emit = self.emitter({**fixed[v], "k": b.min(k, b.to_int(seq.k_len, I32) - 1), "score": s})
                 self.staging.supply(emit, j, v)
                 if self.score is not None:
-                    s = b.splat(emit(self.score), self.lanes) * vmath.LOG2_E
+                    s = b.splat(emit(self.score), self.lanes)
                 live = self.allowed(emit, seq, k, valid_rows(v)) if masked else None
                 if self.hides:
                     visible = b.compare("ne", s, -math.inf)
                     live = visible if live is None else live & visible
-                p = self.exp2(s - self.per_row(self.m, v) - self.per_row(self.log2_l, v))
+                p = self.exp(s - self.per_row(self.m, v), self.per_row(self.log2_l, v))
                 kept_p = p
                 if self.spec.dropout:
                     if u == 0:

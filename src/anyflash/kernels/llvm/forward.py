@@ -1,11 +1,15 @@
 """Attention forward.
 
     S[j, i] = scale * K[j, :] . Q[i, :]          a tile, queries along the lanes
-    S       = mask ? program(S) : -inf           in units of log2, so that exp is exp2
-    m'      = max(m, max_j S);  a = 2**(m - m')
-    P       = 2**(S - m');  l = a l + sum_j P
+    S       = mask ? program(S) : -inf
+    m'      = max(m, max_j S);  a = exp(m - m')
+    P       = exp(S - m');  l = a l + sum_j P
     O[d, i] = a O[d, i] + sum_j V[j, d] P[j, i]
-    out     = (O / l)^T;  lse = ln 2 * m + ln l
+    out     = (O / l)^T;  lse = m + ln l
+
+exp(x) is 2**(x log2 e). Without a score program the factor log2 e is part of the scale, and S and m are in
+units of log2. With one they are as the program left them: a product could overflow where a program uses the
+least finite number as a mask, and would round apart scores that are huge and near each other.
 
 Layout, in each thread's scratch: Q^T [D, block_q], S [block_k, block_q], O^T [Dv, block_q], and rows of K and
 V where the user's cannot be read as they lie. K and V are read by broadcast, so nothing is shuffled in the
@@ -60,9 +64,6 @@ class _Forward(Frame):
         self.m = [b.var(self.vector) for _ in self.vectors]
         self.l = [b.var(self.vector) for _ in self.vectors]
         self.best = [b.var(self.vector) for _ in self.vectors]
-        # Without a program the products give S in units of log2.
-        self.plain = self.score is None
-        self.unit = vmath.LOG2_E if self.plain else 1.0
 
     def task(self, number: Value, done: str) -> None:
         b, blocks = self.b, self.word("num_q_blocks")
@@ -99,7 +100,7 @@ class _Forward(Frame):
         l: Value = b.const(0.0, self.element)
         if self.spec.sinks:
             sink = b.load(self.element, b.at(self.pointer("sinks"), head * self.word("sinks_stride")))
-            m = sink * vmath.LOG2_E
+            m = sink * self.unit
             l = b.select(
                 b.compare("eq", sink, -math.inf), b.const(0.0, self.element), b.const(1.0, self.element)
             )
@@ -165,7 +166,7 @@ class _Forward(Frame):
                 emit = self.emitter({**fixed[v], "k": b.min(k, b.to_int(seq.k_len, I32) - 1), "score": s})
                 self.staging.supply(emit, j, v)
                 if self.score is not None:
-                    s = b.splat(emit(self.score), self.lanes) * vmath.LOG2_E
+                    s = b.splat(emit(self.score), self.lanes)
                 if masked:
                     s = b.select(self.allowed(emit, seq, k, None), s, b.const(-math.inf, self.vector))
                 self.best[v].set(b.max(s, self.best[v].get()))
@@ -182,7 +183,7 @@ class _Forward(Frame):
         for v in self.vectors:
             best, m = self.best[v].get(), self.m[v].get()
             pivot = b.select(b.compare("eq", best, -math.inf), b.const(0.0, self.vector), best)
-            rescale.append(self.exp2(m - pivot))
+            rescale.append(self.exp(m - pivot))
             self.m[v].set(best)
             pivots.append(pivot)
             sums.append(b.var(self.vector, b.const(0.0, self.vector)))
@@ -192,7 +193,7 @@ class _Forward(Frame):
 
         def pair(j: Value, u: int) -> None:
             for v in self.vectors:
-                p = self.exp2(b.load(self.vector, self.score_at(j, v), self.size) - pivots[v])
+                p = self.exp(b.load(self.vector, self.score_at(j, v), self.size) - pivots[v])
                 sums[v].set(sums[v].get() + p)
                 if self.spec.dropout:
                     if u == 0:
@@ -242,7 +243,8 @@ class _Forward(Frame):
                 inverse = inverse * self.number("keep_scale")
             pivot = b.select(b.compare("eq", m, -math.inf), b.const(0.0, self.vector), m)
             log2_l = vmath.log2(b, l)
-            lse = b.select(none, b.const(-math.inf, self.vector), (pivot + log2_l) * vmath.LN_2)
+            total = (pivot + log2_l) * vmath.LN_2 if self.plain else b.fma(log2_l, vmath.LN_2, pivot)
+            lse = b.select(none, b.const(-math.inf, self.vector), total)
             log2_l = b.select(none, b.const(math.inf, self.vector), log2_l)
             for i, value in enumerate((inverse, lse, pivot, log2_l)):
                 b.store(value, b.at(self.per_row, i * self.row + v * self.step), self.size)

@@ -60,7 +60,10 @@ class Frame:
         self.dim_v = padded(spec.head_dim_v, self.lanes)
         self.score = parse(spec.score) if spec.score else None
         self.mask = parse(spec.mask) if spec.mask else None
-        self.hides = hides_pairs(self.score)
+        self.hides = hides_pairs(self.score, self.element)
+        # Without a program the products give S in units of log2.
+        self.plain = self.score is None
+        self.unit = vmath.LOG2_E if self.plain else 1.0
         names = argument_names(spec)
         self._word = {name: b.load(I64, b.at(b.parameters["args"], 8 * i), 8) for i, name in enumerate(names)}
         self.scratch_bytes = 0
@@ -273,17 +276,26 @@ class Frame:
     def not_finite(self, rows: Value, size: Scalar) -> Value:
         return self.form.finite(rows, size) ^ True
 
-    def exp2(self, x: Value) -> Value:
-        """2**x of softmax: a degree less than full accuracy is below the rounding of the sum."""
+    def exp(self, x: Value, log2_l: Value | None = None) -> Value:
+        """exp(x) of softmax for `x` in the unit of scores, divided by l.
+
+        A degree less than full accuracy is below the rounding of the sum.
+        """
+        if log2_l is None:
+            x = x if self.plain else x * vmath.LOG2_E
+        else:
+            x = x - log2_l if self.plain else self.b.fma(x, vmath.LOG2_E, self.b.negate(log2_l))
         return vmath.exp2(self.b, x, 5 if self.element == FLOAT else None)
 
 
-def hides_pairs(score: Expr | None) -> bool:
-    """Whether a score may become -inf, and so be masked, by what a table holds or by a logarithm."""
+def hides_pairs(score: Expr | None, element: str) -> bool:
+    """Whether a score may become -inf, and so be masked, by what a table holds, by a function that leaves the
+    finite numbers, or by a constant that does."""
     found: list[Expr] = []
+    largest = LARGEST[element]
 
     def visit(e: Expr) -> None:
-        if e.op in ("load", "log", "div") or (e.op == "const" and e.value in (math.inf, -math.inf)):
+        if e.op in ("load", "log", "div", "exp") or (e.op == "const" and abs(e.value) > largest):
             found.append(e)
 
     if score is not None:
