@@ -8,6 +8,7 @@ memory offsets are in bytes and 64 bit.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from anyflash.kernels.llvm.values import (
     I16,
     I32,
     I64,
+    LARGEST,
     PTR,
     Scalar,
     Value,
@@ -110,10 +112,10 @@ class Builder:
     def const(self, value: float | int | bool, type_: str) -> Value:
         element = element_of(type_)
         if element in FLOATING:
-            if element == FLOAT:
-                value = (
-                    struct.unpack("<f", struct.pack("<f", value))[0] if abs(value) < 3.5e38 else float(value)
-                )
+            if element == FLOAT and math.isfinite(value):
+                # What is finite stays so: a score of -1e300 is not yet a mask.
+                value = max(-LARGEST[FLOAT], min(LARGEST[FLOAT], value))
+                value = struct.unpack("<f", struct.pack("<f", value))[0]
             text = f"0x{struct.unpack('<Q', struct.pack('<d', float(value)))[0]:016X}"
         elif element == I1:
             text = "true" if value else "false"
