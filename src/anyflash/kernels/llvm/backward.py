@@ -176,6 +176,8 @@ class _Backward(Frame):
                     layout.convert(b, b.load(stored, b.at(b.at(x, r * stride), offset)), self.element)
                     for x in (self.spare, self.do_rows)
                 )
+                # A row that sees nothing has out 0, and then dout may be anything.
+                dout = b.select(b.compare("eq", out, 0.0), b.const(0.0, self.vector), dout)
                 total.set(b.fma(out, dout, total.get()))
             delta = b.reduce("add", total.get())
             if dlse is not None:
@@ -292,10 +294,11 @@ class _Backward(Frame):
                 if self.score is not None:
                     s = b.splat(emit(self.score), self.lanes)
                 live = self.allowed(emit, seq, k, valid_rows(v)) if masked else None
-                if self.hides:
-                    visible = b.compare("ne", s, -math.inf)
-                    live = visible if live is None else live & visible
                 p = self.exp(s - self.per_row(self.m, v), self.per_row(self.log2_l, v))
+                if self.hides:
+                    # Hidden, or as good as: there the slope may be infinite.
+                    visible = b.compare("ne", p, 0.0)
+                    live = visible if live is None else live & visible
                 kept_p = p
                 if self.spec.dropout:
                     if u == 0:

@@ -60,7 +60,7 @@ class Frame:
         self.dim_v = padded(spec.head_dim_v, self.lanes)
         self.score = parse(spec.score) if spec.score else None
         self.mask = parse(spec.mask) if spec.mask else None
-        self.hides = hides_pairs(self.score, self.element)
+        self.hides = hides_pairs(self.score)
         # Without a program the products give S in units of log2.
         self.plain = self.score is None
         self.unit = vmath.LOG2_E if self.plain else 1.0
@@ -288,14 +288,13 @@ class Frame:
         return vmath.exp2(self.b, x, 5 if self.element == FLOAT else None)
 
 
-def hides_pairs(score: Expr | None, element: str) -> bool:
-    """Whether a score may become -inf, and so be masked, by what a table holds, by a function that leaves the
-    finite numbers, or by a constant that does."""
+def hides_pairs(score: Expr | None) -> bool:
+    """Whether a score may become -inf, and so be masked, by a constant, by what a table holds, or by a
+    function that leaves the finite numbers."""
     found: list[Expr] = []
-    largest = LARGEST[element]
 
     def visit(e: Expr) -> None:
-        if e.op in ("load", "log", "div", "exp") or (e.op == "const" and abs(e.value) > largest):
+        if e.op in ("load", "log", "div", "exp") or (e.op == "const" and e.value in (math.inf, -math.inf)):
             found.append(e)
 
     if score is not None:
