@@ -25,6 +25,7 @@ from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.arrays import as_numpy
 from anyflash.semantics.operands import Operands
 from anyflash.semantics.problem import Problem
+from anyflash.semantics.rng import threshold
 
 _COUNTER_WORDS = 16  # the task counter has a cache line of its own behind the arguments
 
@@ -101,8 +102,9 @@ class Launch:
             "group": problem.group,
             "num_q_blocks": self.num_q_blocks,
             "scale": float(problem.scale),
-            "keep_scale": 1.0 / (1.0 - p),
-            "drop_threshold": round(p * 2**32),
+            # A threshold of 2**32 drops everything, and is more than a word holds.
+            "keep_scale": 1.0 / (1.0 - p) if threshold(p) < 2**32 else 0.0,
+            "drop_threshold": min(threshold(p), 2**32 - 1),
             "sinks_stride": self.size,
         }
         if self.sequences is not None:
