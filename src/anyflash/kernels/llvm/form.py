@@ -163,8 +163,10 @@ class PairForm(Form):
         return tokens >> 1 if isinstance(tokens, Value) else tokens // 2
 
     def token_bytes(self, tokens: int, dim: int) -> int:
-        words = tokens // 2 * padded(dim, self.lanes)
-        return 4 * words * (2 if self.tiled else 1)
+        width = padded(dim, self.lanes)
+        if self.tiled:
+            width += padded(dim, 2 * tiles.ROWS)  # turned for tokens_a; products read whole pairs of tiles
+        return 4 * (tokens // 2) * width
 
     def tokens_a(self, rows: Value, dim: int, tokens: Scalar, spare: Value) -> Matrix:
         pairs = self.tokens_b(rows, dim, tokens, spare)
