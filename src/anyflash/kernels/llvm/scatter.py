@@ -46,7 +46,7 @@ class Scatter:
                     self.terms.append(_Term(slot, slope, index, _variables(index)))
         for term in self.terms:
             load = Expr("load", term.index, term.slot, "float")
-            if spec.tables[term.slot].staged and staged_axes(load):
+            if spec.tables[term.slot].staged and staged_axes(load) == spec.tables[term.slot].staged:
                 term.staged = StagedGradient(frame, term.slot, load)
             elif not term.variables & {"row", "q", "k", "score"}:
                 term.total, term.offset = self.b.var(frame.vector), self.b.var(I64)

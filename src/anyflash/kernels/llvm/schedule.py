@@ -111,24 +111,26 @@ def table_codes(
             len(t.shape),
             gradients and t.needs_grad,
             axes.get(i) if _bounds_possible(t.dtype) else None,
-            _stageable(problem, i, tables[i], gradient_strides.get(i)),
+            _staged_axes(problem, i, tables[i], gradient_strides.get(i)),
         )
         for i, t in enumerate(problem.tables)
     )
 
 
-def _stageable(problem: Problem, slot: int, table: View, gradient: tuple[int, ...] | None) -> bool:
-    """Whether some load takes (row, k) pairs of this table whose keys, and those of its gradient, are
-    contiguous."""
+def _staged_axes(
+    problem: Problem, slot: int, table: View, gradient: tuple[int, ...] | None
+) -> tuple[int, int] | None:
+    """The axes of rows and of keys, if some load takes (row, k) pairs of this table whose keys, and those of
+    its gradient, are contiguous."""
     if kind(table.dtype) == "int":
-        return False
+        return None
     size = 8 if problem.dtype == "float64" else 4
     for text in (problem.program.score, problem.program.mask):
         for load in loads_of(parse(text)) if text else ():
             axes = staged_axes(load) if load.value == slot else None
             if axes and table.strides[axes[1]] == table.itemsize:
-                return gradient is None or gradient[axes[1]] == size
-    return False
+                return axes if gradient is None or gradient[axes[1]] == size else None
+    return None
 
 
 def _bounds_possible(dtype: str) -> bool:

@@ -26,14 +26,14 @@ ARRAYS: Mapping[Part, tuple[str, ...]] = {
 @dataclass(frozen=True, slots=True)
 class TableCode:
     """One table: element type, number of axes, whether its gradient is accumulated, the axis, if any, along
-    which the bounds of blocks are known, and whether tiles of it can be read and added whole (see
-    staging)."""
+    which the bounds of blocks are known, and the axes of rows and of keys, if tiles of it can be read and
+    added whole (see staging)."""
 
     dtype: str
     rank: int
     gradient: bool = False
     bounded_axis: int | None = None
-    staged: bool = False
+    staged: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

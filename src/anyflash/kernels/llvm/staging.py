@@ -71,8 +71,8 @@ class Staging:
         size = frame.block_q * frame.spec.block_k * frame.size
         found: dict[str, _Piece] = {}
         for load in (x for tree in trees for x in loads_of(tree)):
-            axes = staged_axes(load) if frame.spec.tables[load.value].staged else None
-            if axes is not None:
+            axes = staged_axes(load)
+            if axes is not None and axes == frame.spec.tables[load.value].staged:
                 if show(load) not in found:
                     found[show(load)] = _Piece([], frame.scratch(size), axes)
                 found[show(load)].loads.append(load)
@@ -154,11 +154,16 @@ def corner(
     frame: Frame, base: Value, strides: tuple[Value, ...], piece: _Piece, variables: dict[str, Value], row:
     Value, key: Value,
 ) -> Value:  # fmt: skip
-    """Address of a tile's first element in an array indexed as the piece's table."""
+    """Address of a tile's first element in an array with the extents of the piece's table."""
     b, emit = frame.b, frame.emitter(variables)
     at = dict(zip(piece.axes, (row, key), strict=True))
+    extents = frame.tables[piece.loads[0].value].extents
     for axis, (index, stride) in enumerate(zip(piece.loads[0].args, strides, strict=True)):
-        where = at[axis] if axis in at else b.to_int(emit(index), I64)
+        if axis in at:
+            where = at[axis]
+        else:
+            last = extents[axis] - 1
+            where = b.max(b.const(0, I64), b.min(last, b.to_int(emit(index), I64)))
         base = b.at(base, where * stride)
     return base
 
