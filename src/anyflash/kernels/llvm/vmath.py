@@ -40,11 +40,21 @@ _DEGREE = {FLOAT: 6, DOUBLE: 12}
 
 @cache
 def _exp2_coefficients(degree: int) -> tuple[float, ...]:
-    """2**f on [-1/2, 1/2], interpolated at Chebyshev nodes; lowest power first, in exact rational
-    arithmetic."""
-    nodes = [math.cos(math.pi * (2 * i + 1) / (2 * degree + 2)) / 2 for i in range(degree + 1)]
-    matrix = [[Fraction(x) ** p for p in range(degree + 1)] + [_exact_exp2(x)] for x in nodes]
+    """2**f on [-1/2, 1/2], interpolated; lowest power first, in exact rational arithmetic.
+
+    At Chebyshev nodes if the degree is even: 0 is one of them, so that 2**0 is exactly 1. If it is odd, 0 is
+    a double node, and the squares of the others are those of Chebyshev's polynomial with its least root at 0.
+    """
     n = degree + 1
+    if degree % 2 == 0:
+        nodes = [math.cos(math.pi * (2 * i + 1) / (2 * n)) / 2 if 2 * i != degree else 0.0 for i in range(n)]
+    else:
+        least = math.cos(math.pi / n)
+        squares = [(math.cos(math.pi * (2 * i + 1) / n) + least) / (1 + least) for i in range(n // 2 - 1)]
+        nodes = [0.0, *(sign * math.sqrt(y) / 2 for y in squares for sign in (1, -1))]
+    matrix = [[Fraction(x) ** p for p in range(n)] + [_exact_exp2(x)] for x in nodes]
+    if degree % 2:
+        matrix.append([Fraction(p == 1) for p in range(n)] + [_exact_ln2()])
     for i in range(n):
         pivot = max(range(i, n), key=lambda r: abs(matrix[r][i]))
         matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
