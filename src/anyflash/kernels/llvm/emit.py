@@ -192,7 +192,7 @@ class Emitter:
     def _divide(self, x: Value, y: Value) -> tuple[Value, Value, Value]:
         """Truncating quotient and remainder. Division by 0 gives 0, 0; by -1 never traps."""
         b = self.b
-        if y.name[0] == "%":
+        if y.name[0] == "%" or y.name == "0":
             minus = b.compare("eq", y, -1)
             absent = b.compare("eq", y, 0)
             safe = b.select(minus | absent, b.const(1, y.type), y)
