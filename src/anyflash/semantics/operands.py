@@ -31,8 +31,8 @@ class Results:
     """Outputs of a forward, allocated by the frontend and written by the backend.
 
     `stats` (2, *lse_shape), in the accumulator's type, keeps each row's maximum and the logarithm of its
-    sum apart: lse = stats[0] + stats[1]. The backward reads it, because lse alone rounds the sum away where
-    scores are huge.
+    sum apart, in units that are the backend's own. Its backward reads it, because lse alone rounds the sum
+    away where scores are huge.
     """
 
     out: View
