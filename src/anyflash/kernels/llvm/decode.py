@@ -112,7 +112,7 @@ class _Decode(Frame):
         layout.zero(b, self.q_rows, self.rows_static * self.width, self.element, self.lanes)
         layout.zero(b, self.o, self.rows_static * self.width_v, self.element, self.lanes)
         layout.zero(b, self.sums, self.rows_static * self.step, self.element, self.lanes)
-        factor = self.number("scale") * (vmath.LOG2_E if self.score is None else 1.0)
+        factor = self.number("scale") * self.unit
         one = b.const(1, I64)
         with b.loop(0, rows.count) as r:
             layout.pack_rows(
@@ -124,7 +124,7 @@ class _Decode(Frame):
                 place = b.at(self.pointer("sinks"), rows.head(r) * self.word("sinks_stride"))
                 sink = b.load(self.element, place)
                 here = b.compare("eq", split, 0)
-                m = b.select(here, sink * vmath.LOG2_E, m)
+                m = b.select(here, sink * self.unit, m)
                 counted = here & b.compare("ne", sink, -math.inf)
                 l = b.select(counted, b.const(1.0, self.element), b.const(0.0, self.element))
                 b.store(l, b.at(self.sums, r * self.step), self.size)
@@ -217,7 +217,7 @@ class _Decode(Frame):
                     }
                 )
                 if self.score is not None:
-                    s = b.splat(emit(self.score), self.lanes) * vmath.LOG2_E
+                    s = b.splat(emit(self.score), self.lanes)
                 if masked:
                     keep = b.compare("lt", keys, b.to_int(seq.k_len, I32))
                     keep = keep if self.mask is None else keep & b.splat(emit(self.mask), self.lanes)
@@ -230,12 +230,12 @@ class _Decode(Frame):
         m = b.max(b.reduce("max", best), old)
         b.store(m, self.m_at(self.o, r), self.size)
         pivot = b.splat(b.select(b.compare("eq", m, -math.inf), b.const(0.0, self.element), m), self.lanes)
-        rescale = self.exp2(b.splat(old, self.lanes) - pivot)
+        rescale = self.exp(b.splat(old, self.lanes) - pivot)
         b.store(b.lane(rescale, 0), b.at(self.rescale, r * self.size), self.size)
         place = b.at(self.sums, r * self.step)
         total = b.load(self.vector, place, self.size) * rescale
         for v, s in enumerate(scores):
-            p = self.exp2(s - pivot)
+            p = self.exp(s - pivot)
             total = total + p
             b.store(p, b.at(b.at(self.s, r * self.keys_row), v * self.step), self.size)
         b.store(total, place, self.size)
@@ -309,7 +309,7 @@ class _Decode(Frame):
             layout.zero(b, b.at(self.o, r * self.width_v), self.width_v, self.element, self.lanes)
             with b.loop(0, count) as i:
                 part = b.at(first, i * size)
-                weight = self.exp2(
+                weight = self.exp(
                     b.splat(b.load(self.element, self.m_at(part, r), self.size) - pivot, self.lanes)
                 )
                 part_l = b.load(self.element, self.l_at(part, r), self.size)
@@ -329,7 +329,8 @@ class _Decode(Frame):
             none = b.compare("eq", l, 0.0)
             pivot = b.select(b.compare("eq", m, -math.inf), zero, m)
             log2_l = b.lane(vmath.log2(b, b.splat(l, self.lanes)), 0)
-            lse = b.select(none, b.const(-math.inf, self.element), (pivot + log2_l) * vmath.LN_2)
+            total = (pivot + log2_l) * vmath.LN_2 if self.plain else b.fma(log2_l, vmath.LN_2, pivot)
+            lse = b.select(none, b.const(-math.inf, self.element), total)
             token, head = rows.seq.q_start + rows.query(r), rows.head(r)
             b.store(lse, self.row_scalar("lse", rows.seq.batch, head, token))
             stats = self.row_scalar("stats", rows.seq.batch, head, token)
