@@ -50,6 +50,8 @@ class CpuBackend:
 
         if device.kind != "cpu":
             return [f"runs on the cpu, the arrays are on {device}"]
+        if problem.addressing == "paged":
+            return ["reads no KV cache yet"]
         return integers_too_wide(problem)
 
     def configure(self, problem: Problem) -> Config:

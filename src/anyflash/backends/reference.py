@@ -30,7 +30,7 @@ class Reference:
         return "float64"
 
     def forward(self, problem: Problem, config: str, operands: Operands, results: Results) -> None:
-        found = reference.forward(problem, *_inputs(operands))
+        found = reference.forward(problem, *_inputs(operands), **_pages(operands))
         for view, value in (
             (results.out, found.out),
             (results.lse, found.lse),
@@ -72,6 +72,14 @@ def _inputs(operands: Operands) -> tuple[Any, ...]:
         optional(operands.seqused_k),
         operands.seed,
     )
+
+
+def _pages(operands: Operands) -> dict[str, Any]:
+    table, leftpad = operands.block_table, operands.leftpad_k
+    return {
+        "block_table": None if table is None else as_numpy(table),
+        "leftpad_k": None if leftpad is None else as_numpy(leftpad),
+    }
 
 
 def _write(view: View, value: NDArray[Any]) -> None:

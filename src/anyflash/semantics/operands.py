@@ -13,7 +13,18 @@ from anyflash.core.view import View
 
 @dataclass(slots=True)
 class Operands:
-    """Inputs. q, k, v are (batch, tokens, heads, dim), or (tokens, heads, dim) packed."""
+    """Inputs. q, k, v are (batch, tokens, heads, dim), or (tokens, heads, dim) packed.
+
+    In a paged problem k and v are (pages, page_size, heads_kv, dim), and key j of sequence b, 0 <= j <
+    seqused_k[b], lies at slot s = j + leftpad_k[b]: row s % page_size of page block_table[b, s // page_size].
+
+    cu_seqlens_*  (batch + 1,) int32; of q also in a paged problem whose q is packed
+    seqused_k     (batch,) int32, how many keys exist; always there in a paged problem
+    block_table   (batch, pages of a sequence) int32, C-contiguous; every entry is a page's number, also those
+                  that hold no key of the sequence
+    leftpad_k     (batch,) int32, or None for zeros
+    longest_k     the greatest of seqused_k in a paged problem
+    """
 
     q: View
     k: View
@@ -24,6 +35,9 @@ class Operands:
     cu_seqlens_k: View | None = None
     seqused_k: View | None = None
     seed: int = 0
+    block_table: View | None = None
+    leftpad_k: View | None = None
+    longest_k: int = 0
 
 
 @dataclass(slots=True)

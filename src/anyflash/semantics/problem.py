@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Addressing = Literal["dense", "varlen"]
+Addressing = Literal["dense", "varlen", "paged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,11 @@ class Problem:
     Dimensions are those of the canonical axes: q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_k,
     heads_kv, head_dim), v (.., head_dim_v). With addressing "varlen" the arrays are packed, (total, heads,
     dim), `batch` counts sequences and `seqlen_*` are the longest lengths.
+
+    With addressing "paged" k and v lie in pages, (num_pages, page_size, heads_kv, dim), and `Operands` says
+    which pages are whose; a dense cache is one page a sequence. q is dense, or packed if `packed`.
+    `seqlen_q` is the longest length of queries; `seqlen_k` is a power of two that no sequence's keys exceed
+    (0 if there are none), so that the steps of a decoding are mostly one problem. Forward only.
     """
 
     program: Program
@@ -78,6 +83,10 @@ class Problem:
     total_q: int = 0
     total_k: int = 0
     seqused_k: bool = False
+    packed: bool = False
+    num_pages: int = 0
+    page_size: int = 0
+    leftpad_k: bool = False
 
     @property
     def scale(self) -> float:
@@ -87,6 +96,11 @@ class Problem:
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.heads_q // self.heads_kv
+
+    @property
+    def packed_q(self) -> bool:
+        """Has q no batch axis?"""
+        return self.packed or self.addressing == "varlen"
 
     @property
     def q_shape(self) -> tuple[int, ...]:
@@ -107,11 +121,13 @@ class Problem:
     @property
     def lse_shape(self) -> tuple[int, ...]:
         """(batch, heads, q), or (heads, total) packed."""
-        if self.addressing == "varlen":
+        if self.packed_q:
             return (self.heads_q, self.total_q)
         return (self.batch, self.heads_q, self.seqlen_q)
 
     def _rows(self, side: Literal["q", "k"]) -> tuple[int, ...]:
-        if self.addressing == "varlen":
-            return (self.total_q if side == "q" else self.total_k,)
-        return (self.batch, self.seqlen_q if side == "q" else self.seqlen_k)
+        if side == "q":
+            return (self.total_q,) if self.packed_q else (self.batch, self.seqlen_q)
+        if self.addressing == "paged":
+            return (self.num_pages, self.page_size)
+        return (self.total_k,) if self.addressing == "varlen" else (self.batch, self.seqlen_k)

@@ -93,17 +93,19 @@ def forward(
     cu_seqlens_k: Array | None = None,
     seqused_k: Array | None = None,
     seed: int = 0,
+    block_table: Array | None = None,
+    leftpad_k: Array | None = None,
 ) -> Reference:
     """Attention of `problem`.
 
     Arrays have the canonical axes: (batch, tokens, heads, dim), or (tokens, heads, dim) with cumulative
-    lengths (sequences + 1,). They may have any dtype; the result is float64. Packed rows that belong to no
-    sequence get out 0, lse -inf.
+    lengths (sequences + 1,), and k and v lie in pages if there is a `block_table`: see `Operands`. They may
+    have any dtype; the result is float64. Packed rows that belong to no sequence get out 0, lse -inf.
     """
     out = np.zeros(problem.out_shape)
     lse = np.full(problem.lse_shape, -np.inf)
     stats = np.stack([lse, np.zeros_like(lse)])
-    for part in _parts(problem, cu_seqlens_q, cu_seqlens_k, seqused_k):
+    for part in _parts(problem, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, leftpad_k):
         soft = _softmax(problem, part, _rows(q, part.rows), _rows(k, part.keys), tables, sinks, seed)
         out[part.rows] = _weighted_sum(soft.p * soft.z, soft.seen, _rows(v, part.keys))
         lse[part.lse] = soft.m + soft.log_sum
@@ -165,23 +167,30 @@ def backward(
 
 
 def _parts(
-    problem: Problem, cu_seqlens_q: Array | None, cu_seqlens_k: Array | None, seqused_k: Array | None
+    problem: Problem,
+    cu_seqlens_q: Array | None,
+    cu_seqlens_k: Array | None,
+    seqused_k: Array | None,
+    block_table: Array | None = None,
+    leftpad_k: Array | None = None,
 ) -> Iterator[_Part]:
     for b in range(problem.batch):
-        if cu_seqlens_q is None or cu_seqlens_k is None:
-            q_len, k_len = problem.seqlen_q, problem.seqlen_k
-        else:
-            q_len = int(cu_seqlens_q[b + 1]) - int(cu_seqlens_q[b])
-            k_len = int(cu_seqlens_k[b + 1]) - int(cu_seqlens_k[b])
-        k_len = k_len if seqused_k is None else int(seqused_k[b])
+        k_len = problem.seqlen_k if seqused_k is None else int(seqused_k[b])
+        keys: tuple[Any, ...] = (b, slice(k_len))
+        if cu_seqlens_k is not None:
+            first = int(cu_seqlens_k[b])
+            k_len = k_len if seqused_k is not None else int(cu_seqlens_k[b + 1]) - first
+            keys = (slice(first, first + k_len),)
+        elif block_table is not None:
+            slots = np.arange(k_len) + (0 if leftpad_k is None else int(leftpad_k[b]))
+            keys = (block_table[b, slots // problem.page_size], slots % problem.page_size)
+        rows = slice(None)
+        if cu_seqlens_q is not None:
+            rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
+        q_len = problem.seqlen_q if cu_seqlens_q is None else rows.stop - rows.start
         for h in range(problem.heads_q):
-            h_kv = h // problem.group
-            if cu_seqlens_q is None or cu_seqlens_k is None:
-                yield _Part(b, h, q_len, k_len, (b, slice(None), h), (b, slice(k_len), h_kv), (b, h))
-            else:
-                rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b]) + q_len)
-                keys = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b]) + k_len)
-                yield _Part(b, h, q_len, k_len, (rows, h), (keys, h_kv), (h, rows))
+            where = ((b, rows, h), (b, h)) if cu_seqlens_q is None else ((rows, h), (h, rows))
+            yield _Part(b, h, q_len, k_len, where[0], (*keys, h // problem.group), where[1])
 
 
 def _rows(array: Array, where: tuple[Any, ...]) -> Array:
