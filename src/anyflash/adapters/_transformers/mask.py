@@ -1,0 +1,184 @@
+"""The mask function registered with transformers, and the tensor it returns.
+
+transformers' own one for SDPA builds a boolean (batch, 1, q, k) matrix. Ours returns a tensor of that shape
+that holds no elements: it carries the mask's formula, which our attention hands to the kernel. Any other
+operation on it (a model that slices or joins its mask) builds the matrix after all, so no model can see a
+difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+import anyflash
+from anyflash.adapters._transformers.symbols import NotTraceable, trace
+from anyflash.core.log import logger
+from anyflash.semantics.expr import Expr, var
+
+
+class FormulaMask(torch.Tensor):
+    """A boolean mask (batch, 1, q, k), True = attend, known by its formula.
+
+    formula   a bool `Expr`; its tables hold what the pattern looks up
+    build     the matrix itself
+    """
+
+    formula: Expr
+    build: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def make(
+        formula: Expr, build: Callable[[], torch.Tensor], shape: Sequence[int], device: torch.device
+    ) -> FormulaMask:
+        mask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            FormulaMask, tuple(shape), dtype=torch.bool, device=device
+        )
+        mask.formula, mask.build = formula, build
+        return mask
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            mask = args[0]
+            return FormulaMask.make(mask.formula, mask.build, mask.shape, mask.device)
+        unfold = torch.utils._pytree.tree_map_only
+        plain = unfold(FormulaMask, lambda m: m.build(), (tuple(args), dict(kwargs or {})))
+        return func(*plain[0], **plain[1])
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        from anyflash.semantics.text import show
+
+        return f"FormulaMask({show(self.formula)!r}, shape={tuple(self.shape)})"
+
+
+def mask_for_transformers(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """What an "anyflash" model passes to its layers: None (the layer's own causality says all), a
+    `FormulaMask`, or a plain boolean (batch, 1, q, k).
+
+    The arguments are those of transformers' `AttentionMaskInterface`. A decoding step, whose mask is one row
+    a batch entry, a traced call, and a pattern that leaves no formula get the plain tensor.
+    """
+
+    def matrix(skip_causal: bool, skip_bidirectional: bool) -> torch.Tensor | None:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=skip_causal,
+            allow_is_bidirectional_skip=skip_bidirectional,
+            device=device,
+            **kwargs,
+        )
+
+    def built() -> torch.Tensor:
+        mask = matrix(False, False)
+        assert mask is not None
+        return mask
+
+    if q_length == 1 or _traced(attention_mask, q_offset):
+        return matrix(allow_is_causal_skip, allow_is_bidirectional_skip)
+    offset = int(q_offset)
+    padding = _padding(attention_mask, kv_length, kv_offset, batch_size)
+    if local_size is None or kv_length < local_size:
+        plain = _is_plain_causal(padding, q_length, kv_length, offset, kv_offset)
+        if (allow_is_causal_skip and plain) or (allow_is_bidirectional_skip and padding is None):
+            return None
+    aligned = offset - kv_offset == kv_length - q_length
+    q = _shifted(var("q"), kv_offset) if aligned else _shifted(var("row"), offset)
+    try:
+        formula = trace(mask_function, var("batch"), q, _shifted(var("k"), kv_offset))
+    except NotTraceable as reason:
+        logger.info("transformers mask built as a matrix: %s", reason)
+        return built()
+    if padding is not None:
+        everything = formula.op == "const" and formula.value is True
+        formula = padding.formula() if everything else formula & padding.formula()
+    return FormulaMask.make(formula, built, (batch_size, 1, q_length, kv_length), torch.device(device))
+
+
+def _traced(*values: object) -> bool:
+    """While torch traces, sizes and mask values must not decide anything."""
+    fake = torch._subclasses.FakeTensor  # type: ignore[attr-defined]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or any(isinstance(v, fake) for v in values)
+
+
+def _shifted(index: Expr, offset: int) -> Expr:
+    return index + offset if offset else index
+
+
+class _Padding:
+    """Which keys of each batch entry exist: a range where they are contiguous, else a table."""
+
+    def __init__(self, valid: torch.Tensor) -> None:
+        self.valid = valid
+        count = valid.sum(-1)
+        self.length = valid.shape[-1]
+        self.starts = valid.to(torch.uint8).argmax(-1)
+        last = self.length - valid.flip(-1).to(torch.uint8).argmax(-1)
+        self.stops = torch.where(count > 0, last, 0)
+        self.ranges = bool(((self.stops - self.starts) == count).all())
+
+    def formula(self) -> Expr:
+        """Ranges are kept in tables, not as numbers, so that other lengths reuse the compiled kernel."""
+        if not self.ranges:
+            return anyflash.table(self.valid.contiguous())[var("batch"), var("k")]
+        starts, stops = (anyflash.table(t.to(torch.int32)) for t in (self.starts, self.stops))
+        after, before = starts[var("batch")] <= var("k"), var("k") < stops[var("batch")]
+        if not bool(self.starts.any()):
+            return before
+        if bool((self.stops == self.length).all()):
+            return after
+        return after & before
+
+
+def _padding(
+    attention_mask: torch.Tensor | None, kv_length: int, kv_offset: int, batch_size: int
+) -> _Padding | None:
+    """The keys that exist, of the 2-D mask (batch, seen tokens); None if all do.
+    Keys past its end do not exist."""
+    if attention_mask is None:
+        return None
+    valid = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if valid.shape[-1] < kv_length:
+        valid = torch.nn.functional.pad(valid, (0, kv_length - valid.shape[-1]))
+    return None if bool(valid.all()) else _Padding(valid.expand(batch_size, -1))
+
+
+def _is_plain_causal(
+    padding: _Padding | None, q_length: int, kv_length: int, q_offset: int, kv_offset: int
+) -> bool:
+    """Does "causal, aligned at the first key" say all? With an empty static cache it does: keys past the
+    queries are not yet written, and the attention drops them."""
+    if q_offset or kv_offset:
+        return False
+    if padding is None:
+        return True
+    return padding.ranges and not bool(padding.starts.any()) and bool((padding.stops == q_length).all())
