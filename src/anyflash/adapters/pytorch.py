@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from anyflash import api
 from anyflash.adapters.base import Target
 from anyflash.core.log import logger
 
@@ -90,8 +91,6 @@ def scaled_dot_product_attention(
     Returns (..., heads, q, value dim). Rows without a key are 0. What we have no form for (nested tensors,
     heads that torch would broadcast without `enable_gqa`) goes to torch's own function, and the log says so.
     """
-    import anyflash
-
     reason = _not_ours(query, key, value, attn_mask, is_causal, enable_gqa)
     if reason is not None:
         logger.info("scaled_dot_product_attention left to torch: %s", reason)
@@ -106,7 +105,7 @@ def scaled_dot_product_attention(
         matrix = attn_mask if attn_mask.ndim <= 4 else attn_mask.flatten(0, -4)
         mask, bias = (matrix, None) if matrix.dtype == _bool() else (None, matrix)
     upper_left = is_causal and q.shape[2] != k.shape[2]
-    out = anyflash.attention(
+    out = api.attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-import anyflash
+from anyflash import api
 from anyflash.adapters._transformers.mask import FormulaMask
 from anyflash.core.errors import Unsupported
 
@@ -61,7 +61,7 @@ def attention_for_transformers(
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     packed = attention_mask is None and cu_seq_lens_q is not None and cu_seq_lens_k is not None
     if packed and position_bias is None and q.shape[0] == 1:
-        out = anyflash.attention_varlen(
+        out = api.attention_varlen(
             q[0],
             k[0],
             v[0],
@@ -80,7 +80,7 @@ def attention_for_transformers(
         position_bias = None if position_bias is None else position_bias[..., :written]
     mask, biases = _mask(attention_mask, k.shape[1])
     biases = biases if position_bias is None else [position_bias, *biases]
-    out = anyflash.attention(q, k, v, causal=is_causal, mask=mask, bias=biases or None, **score)
+    out = api.attention(q, k, v, causal=is_causal, mask=mask, bias=biases or None, **score)
     return out.contiguous(), None
 
 

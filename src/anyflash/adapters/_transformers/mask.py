@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-import anyflash
+from anyflash import api
 from anyflash.adapters._transformers.symbols import NotTraceable, trace
 from anyflash.core.log import logger
 from anyflash.semantics.expr import Expr, var
@@ -149,8 +149,8 @@ class _Padding:
     def formula(self) -> Expr:
         """Ranges are kept in tables, not as numbers, so that other lengths reuse the compiled kernel."""
         if not self.ranges:
-            return anyflash.table(self.valid.contiguous())[var("batch"), var("k")]
-        starts, stops = (anyflash.table(t.to(torch.int32)) for t in (self.starts, self.stops))
+            return api.table(self.valid.contiguous())[var("batch"), var("k")]
+        starts, stops = (api.table(t.to(torch.int32)) for t in (self.starts, self.stops))
         after, before = starts[var("batch")] <= var("k"), var("k") < stops[var("batch")]
         if not bool(self.starts.any()):
             return before

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-import anyflash
+from anyflash import api
 from anyflash.semantics.expr import Expr, const, where
 
 
@@ -154,7 +154,7 @@ def lookup(tensor: torch.Tensor, index: Any) -> Symbol:
             kept.append(item)
     if not kept:
         return Symbol(const(tensor.item()))
-    return Symbol(anyflash.table(tensor.contiguous())[tuple(reversed(kept))])
+    return Symbol(api.table(tensor.contiguous())[tuple(reversed(kept))])
 
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
