@@ -10,6 +10,7 @@ What transformers hands over, and where its conventions differ from ours:
     sliding_window  W keys, the query's own included; the mask holds it already, except for packed sequences
     s_aux           (heads,) logits that join the denominator
     position_bias   (1 or batch, heads, q, k), added to the scores, with gradient
+    indices         (batch, q, chosen) keys of sparse attention: all others are masked
     result          (batch, q, heads, head_dim), and None for the weights, which are never formed
 """
 
@@ -40,6 +41,7 @@ def attention_for_transformers(
     position_bias: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     cache: object = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -59,7 +61,8 @@ def attention_for_transformers(
         is_causal = bool(getattr(module, "is_causal", True))
     score: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    packed = attention_mask is None and cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    packed = packed and attention_mask is None and indices is None
     if packed and position_bias is None and q.shape[0] == 1:
         out = api.attention_varlen(
             q[0],
@@ -78,6 +81,8 @@ def attention_for_transformers(
         written = q.shape[1]
         k, v = k[:, :written], v[:, :written]
         position_bias = None if position_bias is None else position_bias[..., :written]
+    if indices is not None:
+        attention_mask = _only(indices, attention_mask, k.shape[1])
     mask, biases = _mask(attention_mask, k.shape[1])
     biases = biases if position_bias is None else [position_bias, *biases]
     out = api.attention(q, k, v, causal=is_causal, mask=mask, bias=biases or None, **score)
@@ -100,3 +105,15 @@ def _mask(attention_mask: torch.Tensor | None, keys: int) -> tuple[Any, list[tor
         return (lambda at: formula), []
     matrix = attention_mask[..., :keys]
     return (matrix, []) if matrix.dtype == torch.bool else (None, [matrix])
+
+
+def _only(indices: torch.Tensor, attention_mask: torch.Tensor | None, keys: int) -> torch.Tensor:
+    """The mask (batch, 1, q, k) that leaves of `attention_mask` the chosen keys. A negative index chooses
+    none."""
+    chosen = torch.zeros(*indices.shape[:2], keys + 1, dtype=torch.bool, device=indices.device)
+    chosen.scatter_(-1, torch.where(indices < 0, keys, indices).long(), True)
+    chosen = chosen[:, None, :, :keys]
+    if attention_mask is None:
+        return chosen
+    matrix = attention_mask[..., :keys]
+    return matrix & chosen if matrix.dtype == torch.bool else matrix.masked_fill(~chosen, float("-inf"))

@@ -9,15 +9,18 @@ difference.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from anyflash import api
-from anyflash.adapters._transformers.symbols import NotTraceable, trace
+from anyflash.adapters._transformers.symbols import NotTraceable, conjunction, trace
 from anyflash.core.log import logger
 from anyflash.semantics.expr import Expr, var
+from anyflash.semantics.text import bind, show
 
 
 class FormulaMask(torch.Tensor):
@@ -51,14 +54,12 @@ class FormulaMask(torch.Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             mask = args[0]
             return FormulaMask.make(mask.formula, mask.build, mask.shape, mask.device)
-        unfold = torch.utils._pytree.tree_map_only
-        plain = unfold(FormulaMask, lambda m: m.build(), (tuple(args), dict(kwargs or {})))
-        return func(*plain[0], **plain[1])
+        args, kwargs = tree_map_only(FormulaMask, lambda m: m.build(), (tuple(args), dict(kwargs or {})))
+        return func(*args, **kwargs)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
-        from anyflash.semantics.text import show
-
-        return f"FormulaMask({show(self.formula)!r}, shape={tuple(self.shape)})"
+        (formula,), _ = bind([self.formula])
+        return f"FormulaMask({show(formula)!r}, shape={tuple(self.shape)})"
 
 
 def mask_for_transformers(
@@ -75,53 +76,47 @@ def mask_for_transformers(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """What an "anyflash" model passes to its layers: None (the layer's own causality says all), a
-    `FormulaMask`, or a plain boolean (batch, 1, q, k).
+    """What a model with our attention passes to its layers. The arguments are those of
+    `AttentionMaskInterface`.
 
-    The arguments are those of transformers' `AttentionMaskInterface`. A decoding step, whose mask is one row
-    a batch entry, a traced call, and a pattern that leaves no formula get the plain tensor.
+    A `FormulaMask`, also where SDPA's mask function gives None and leaves causality to the layer: a layer
+    that has more keys than queries cannot tell an empty static cache from a continued sequence. None only if
+    every query sees every key. A decoding step, whose mask is one row a batch entry, a traced call, and a
+    pattern that leaves no formula get transformers' own boolean (batch, 1, q, k).
     """
-
-    def matrix(skip_causal: bool, skip_bidirectional: bool) -> torch.Tensor | None:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            allow_is_causal_skip=skip_causal,
-            allow_is_bidirectional_skip=skip_bidirectional,
-            device=device,
-            **kwargs,
-        )
-
-    def built() -> torch.Tensor:
-        mask = matrix(False, False)
-        assert mask is not None
-        return mask
-
+    matrix = partial(
+        sdpa_mask,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,  # type: ignore[arg-type]
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        device=device,
+        **kwargs,
+    )
+    whole = partial(matrix, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     if q_length == 1 or _traced(attention_mask, q_offset):
-        return matrix(allow_is_causal_skip, allow_is_bidirectional_skip)
-    offset = int(q_offset)
+        return matrix(
+            allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip
+        )
     padding = _padding(attention_mask, kv_length, kv_offset, batch_size)
-    if local_size is None or kv_length < local_size:
-        plain = _is_plain_causal(padding, q_length, kv_length, offset, kv_offset)
-        if (allow_is_causal_skip and plain) or (allow_is_bidirectional_skip and padding is None):
-            return None
+    unbounded = local_size is None or kv_length < local_size
+    if allow_is_bidirectional_skip and padding is None and unbounded:
+        return None
+    offset = int(q_offset)
     aligned = offset - kv_offset == kv_length - q_length
     q = _shifted(var("q"), kv_offset) if aligned else _shifted(var("row"), offset)
     try:
         formula = trace(mask_function, var("batch"), q, _shifted(var("k"), kv_offset))
     except NotTraceable as reason:
         logger.info("transformers mask built as a matrix: %s", reason)
-        return built()
+        return whole()
     if padding is not None:
-        everything = formula.op == "const" and formula.value is True
-        formula = padding.formula() if everything else formula & padding.formula()
-    return FormulaMask.make(formula, built, (batch_size, 1, q_length, kv_length), torch.device(device))
+        formula = conjunction(formula, padding.formula())
+    return FormulaMask.make(formula, whole, (batch_size, 1, q_length, kv_length), torch.device(device))
 
 
 def _traced(*values: object) -> bool:
@@ -170,15 +165,3 @@ def _padding(
     if valid.shape[-1] < kv_length:
         valid = torch.nn.functional.pad(valid, (0, kv_length - valid.shape[-1]))
     return None if bool(valid.all()) else _Padding(valid.expand(batch_size, -1))
-
-
-def _is_plain_causal(
-    padding: _Padding | None, q_length: int, kv_length: int, q_offset: int, kv_offset: int
-) -> bool:
-    """Does "causal, aligned at the first key" say all? With an empty static cache it does: keys past the
-    queries are not yet written, and the attention drops them."""
-    if q_offset or kv_offset:
-        return False
-    if padding is None:
-        return True
-    return padding.ranges and not bool(padding.starts.any()) and bool((padding.stops == q_length).all())

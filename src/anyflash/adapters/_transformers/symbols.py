@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from anyflash import api
-from anyflash.semantics.expr import Expr, const, where
+from anyflash.semantics.expr import Expr, Table, const, where
 
 
 class NotTraceable(TypeError):
@@ -26,6 +26,7 @@ class Symbol:
     """An `Expr` with as much of a tensor's behaviour as index-based mask functions use."""
 
     __slots__ = ("expr",)
+    device = torch.device("cpu")
 
     def __init__(self, expr: Expr) -> None:
         self.expr = expr
@@ -64,10 +65,10 @@ class Symbol:
         return Symbol(const(value))
 
     def __and__(self, other: object) -> Symbol:
-        return _and(self.expr, to_expr(other))
+        return Symbol(conjunction(self.expr, to_expr(other)))
 
     def __or__(self, other: object) -> Symbol:
-        return _or(self.expr, to_expr(other))
+        return Symbol(_disjunction(self.expr, to_expr(other)))
 
     __rand__ = __and__
     __ror__ = __or__
@@ -117,44 +118,42 @@ def to_expr(value: object) -> Expr:
     return const(value)  # type: ignore[arg-type]
 
 
-def _and(a: Expr, b: Expr) -> Symbol:
-    """transformers seeds its conjunctions with a true and its disjunctions with a false: leave those out."""
+def conjunction(a: Expr, b: Expr) -> Expr:
+    """`a & b` without a constant true, with which transformers begins its conjunctions."""
     if a.op == "const" and a.value is True:
-        return Symbol(b)
-    if b.op == "const" and b.value is True:
-        return Symbol(a)
-    return Symbol(a & b)
+        return b
+    return a if b.op == "const" and b.value is True else a & b
 
 
-def _or(a: Expr, b: Expr) -> Symbol:
+def _disjunction(a: Expr, b: Expr) -> Expr:
     if a.op == "const" and a.value is False:
-        return Symbol(b)
-    if b.op == "const" and b.value is False:
-        return Symbol(a)
-    return Symbol(a | b)
+        return b
+    return a if b.op == "const" and b.value is False else a | b
 
 
-def lookup(tensor: torch.Tensor, index: Any) -> Symbol:
-    """`tensor[index]`, one Symbol or number an axis.
+def _lookup(tensor: torch.Tensor, index: Any, tables: dict[Any, Table]) -> Symbol:
+    """`tensor[index]`, one Symbol or number an axis. `tables` keeps what was made, one table an array.
 
     An axis of extent 1 has one valid index, so it is dropped: a table that depends on the key alone lets a
     kernel bound it over a block of keys.
     """
-    items = index if isinstance(index, tuple) else (index,)
+    items = _items(index)
     if len(items) != tensor.ndim or any(isinstance(i, slice) or i is None or i is Ellipsis for i in items):
         raise NotTraceable(f"indexing a tensor of shape {tuple(tensor.shape)} with {len(items)} indices")
-    kept: list[Expr] = []
-    for axis in reversed(range(tensor.ndim)):
-        item = to_expr(items[axis])
-        if tensor.shape[axis] == 1:
-            tensor = tensor.select(axis, 0)
-        elif item.op == "const":
-            tensor = tensor.select(axis, int(item.value))
-        else:
-            kept.append(item)
+    exprs = [to_expr(item) for item in items]
+    fixed = {
+        axis: 0 if extent == 1 else expr.value
+        for axis, (extent, expr) in enumerate(zip(tensor.shape, exprs, strict=True))
+        if extent == 1 or expr.op == "const"
+    }
+    part = tensor[tuple(fixed.get(axis, slice(None)) for axis in range(tensor.ndim))]
+    kept = tuple(expr for axis, expr in enumerate(exprs) if axis not in fixed)
     if not kept:
-        return Symbol(const(tensor.item()))
-    return Symbol(api.table(tensor.contiguous())[tuple(reversed(kept))])
+        return Symbol(const(part.item()))
+    key = (part.data_ptr(), part.shape, part.stride(), part.dtype)
+    if key not in tables:
+        tables[key] = api.table(part)
+    return Symbol(tables[key][kept])
 
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
@@ -179,8 +178,6 @@ _OPERATORS |= {
 
 
 def _apply(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Symbol:
-    if func is torch.Tensor.__getitem__ and isinstance(args[0], torch.Tensor):
-        return lookup(args[0], args[1])
     if kwargs:
         raise NotTraceable(f"{func} with {sorted(kwargs)}")
     if func is torch.where and len(args) == 3:
@@ -190,8 +187,16 @@ def _apply(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
     return _OPERATORS[func](*(Symbol(to_expr(a)) for a in args))
 
 
+def _items(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
 class _Lookups(TorchFunctionMode):
-    """Lets `tensor[symbol, symbol]` through to `lookup`: torch asks the indexed tensor, never the index."""
+    """Lets `tensor[symbol, symbol]` through to `_lookup`: torch asks the indexed tensor, never the index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[Any, Table] = {}
 
     def __torch_function__(
         self,
@@ -200,9 +205,9 @@ class _Lookups(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        flat = [*args, *(kwargs or {}).values()]
-        flat += [i for a in args if isinstance(a, tuple) for i in a]
-        if any(isinstance(a, Symbol) for a in flat):
+        if func is torch.Tensor.__getitem__ and any(isinstance(i, Symbol) for i in _items(args[1])):
+            return _lookup(args[0], args[1], self.tables)
+        if any(isinstance(a, Symbol) for a in (*args, *(kwargs or {}).values())):
             return _apply(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
