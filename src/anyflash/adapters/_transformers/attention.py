@@ -6,8 +6,8 @@ What transformers hands over, and where its conventions differ from ours:
     attention_mask  None | FormulaMask | bool (batch, 1, q, k), True = attend | additive float
     is_causal       used only without a mask and with q > 1. Then more keys than queries means a static cache
                     filled from its start: the keys past the queries do not exist yet and are dropped
-    cu_seq_lens_*   packed sequences in one batch entry, used without a mask
-    sliding_window  W keys, the query's own included; the mask holds it already, except for packed sequences
+    cu_seq_lens_*   bounds of packed sequences in one batch entry, used unless a mask says more than they do
+    sliding_window  W keys, the query's own included; a mask holds it already
     s_aux           (heads,) logits that join the denominator
     position_bias   (1 or batch, heads, q, k), added to the scores, with gradient
     indices         (batch, q, chosen) keys of sparse attention: all others are masked
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from anyflash import api
-from anyflash.adapters._transformers.mask import FormulaMask
+from anyflash.adapters._transformers.mask import FormulaMask, only_packs
 from anyflash.core.errors import Unsupported
 
 
@@ -61,9 +61,12 @@ def attention_for_transformers(
         is_causal = bool(getattr(module, "is_causal", True))
     score: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
-    packed = packed and attention_mask is None and indices is None
-    if packed and position_bias is None and q.shape[0] == 1:
+    bounds = cu_seq_lens_q is not None and cu_seq_lens_k is not None and q.shape[0] == 1
+    if isinstance(attention_mask, FormulaMask):
+        bounds = bounds and only_packs(attention_mask, is_causal, sliding_window)
+    elif attention_mask is not None:
+        bounds = False
+    if bounds and indices is None and position_bias is None:
         out = api.attention_varlen(
             q[0],
             k[0],

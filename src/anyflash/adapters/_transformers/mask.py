@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_compatibility_function,
+    sdpa_mask,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from anyflash import api
 from anyflash.adapters._transformers.symbols import NotTraceable, conjunction, trace
@@ -58,8 +65,29 @@ class FormulaMask(torch.Tensor):
         return func(*args, **kwargs)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
-        (formula,), _ = bind([self.formula])
-        return f"FormulaMask({show(formula)!r}, shape={tuple(self.shape)})"
+        return f"FormulaMask({_text(self.formula)!r}, shape={tuple(self.shape)})"
+
+
+def only_packs(mask: FormulaMask, causal: bool, sliding_window: int | None) -> bool:
+    """Does the mask say no more than causality, the window, and perhaps which packed sequence a token is of?
+    Then the bounds of the sequences, if the caller gives them, say the same or more, and need no lookups."""
+    if causal:
+        plain = (
+            sliding_window_causal_mask_function(sliding_window) if sliding_window else causal_mask_function
+        )
+    elif sliding_window:
+        plain = sliding_window_bidirectional_mask_function(sliding_window - 1)
+    else:
+        plain = bidirectional_mask_function
+    positions, sequences = torch.zeros(2, 1, 2, dtype=torch.long)
+    packed = packed_sequence_compatibility_function(plain, positions, sequences)
+    texts = [_text(trace(f, var("batch"), var("q"), var("k"))) for f in (plain, packed)]
+    return _text(mask.formula) in texts
+
+
+def _text(formula: Expr) -> str:
+    (bound,), _ = bind([formula])
+    return show(bound)
 
 
 def mask_for_transformers(
