@@ -91,26 +91,38 @@ def test_no_key() -> None:
     assert out.isfinite().all()
 
 
-def test_torch_raises_its_own_errors() -> None:
-    q = torch.randn(1, 1, 3, D)
-    with adapter.use(), pytest.raises(RuntimeError, match="is_causal"):
-        functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(3, 3), is_causal=True)
+@pytest.mark.parametrize("keys", [9, 12])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=str)
+def test_causal_and_mask(keys: int, dtype: torch.dtype) -> None:
+    """torch's fused CPU attention takes both, and means both."""
+    (q, k, v), mask = Call("", (B, H, 9, D), (B, H, keys, D), mask=(dtype, (B, 1, 9, keys))).arrays()
+    assert mask is not None
+    below = torch.ones(9, keys, dtype=torch.bool).tril()
+    both = mask & below if dtype is torch.bool else mask.masked_fill(~below, float("-inf"))
+    own = functional.scaled_dot_product_attention(q, k, v, attn_mask=both)
+    with adapter.use():
+        ours = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True)
+    bound = 64 * torch.finfo(torch.float64).eps * float(own.detach().abs().max())
+    assert float((ours - own).detach().abs().max()) <= bound
 
 
 def test_everything_is_put_back() -> None:
     own = functional.scaled_dot_product_attention
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    for nested in (False, True):
-        with pytest.raises(KeyError), adapter.use():
+
+    def fail_inside() -> None:
+        with adapter.use():
             assert functional.scaled_dot_product_attention is not own
             assert not torch.backends.mha.get_fastpath_enabled()
-            if nested:
-                with adapter.use():
-                    pass
-                assert functional.scaled_dot_product_attention is not own
+            with adapter.use():
+                pass
+            assert functional.scaled_dot_product_attention is not own
             raise KeyError
-        assert functional.scaled_dot_product_attention is own
-        assert torch.backends.mha.get_fastpath_enabled() == fast_path
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert functional.scaled_dot_product_attention is own
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
     adapter.remove()
     assert functional.scaled_dot_product_attention is own
 

@@ -35,7 +35,7 @@ def test_import_brings_no_framework(name: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(KeyError, match="there are: .*transformers"):
+    with pytest.raises(KeyError, match=r"there are: .*transformers"):
         registry.get("no such system")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -150,7 +151,7 @@ PADDING = {
 
 def values(mask: FormulaMask) -> torch.Tensor:
     """The formula evaluated by our own definition."""
-    batch, _, q_len, k_len = mask.shape
+    q_len, k_len = mask.shape[2:]
     (formula,), tables = text.bind([mask.formula])
     grid = torch.meshgrid(*(torch.arange(n) for n in mask.shape), indexing="ij")
     names = ("batch", "head", "row", "k")
@@ -293,8 +294,9 @@ def test_chosen_keys() -> None:
     indices = torch.stack([torch.randperm(9)[:4] for _ in range(12)]).reshape(2, 6, 4)
     indices[0, 0, 1:] = -1
     keep = torch.zeros(2, 1, 6, 9, dtype=torch.bool)
-    for b, i, j in ((b, i, j) for b in range(2) for i in range(6) for j in indices[b, i].tolist() if j >= 0):
-        keep[b, 0, i, j] = True
+    for b, i, j in itertools.product(range(2), range(6), range(4)):
+        if indices[b, i, j] >= 0:
+            keep[b, 0, i, indices[b, i, j]] = True
     close(
         attention_for_transformers(MODULE, *qkv, None, is_causal=False, indices=indices)[0], plain(qkv, keep)
     )

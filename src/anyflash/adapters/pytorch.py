@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from anyflash import api
 from anyflash.adapters.base import Target
 from anyflash.core.log import logger
+from anyflash.semantics.mask import Mask
 
 if TYPE_CHECKING:
     import torch
@@ -86,12 +87,12 @@ def scaled_dot_product_attention(
 
     query      (..., heads, q, head_dim); key, value (..., kv heads, k, dim); leading axes broadcast
     attn_mask  bool, True = attend, or additive; broadcastable to (..., heads, q, k)
-    is_causal  key <= query row, both counted from 0: torch's upper-left convention
+    is_causal  key <= query row, both counted from 0: torch's upper-left convention; and-ed with a mask
 
     Returns (..., heads, q, value dim). Rows without a key are 0. What we have no form for (nested tensors,
     heads that torch would broadcast without `enable_gqa`) goes to torch's own function, and the log says so.
     """
-    reason = _not_ours(query, key, value, attn_mask, is_causal, enable_gqa)
+    reason = _not_ours(query, key, value, attn_mask, enable_gqa)
     if reason is not None:
         logger.info("scaled_dot_product_attention left to torch: %s", reason)
         return _original()(
@@ -103,14 +104,17 @@ def scaled_dot_product_attention(
     bias: Any = None
     if attn_mask is not None:
         matrix = attn_mask if attn_mask.ndim <= 4 else attn_mask.flatten(0, -4)
-        mask, bias = (matrix, None) if matrix.dtype == _bool() else (None, matrix)
-    upper_left = is_causal and q.shape[2] != k.shape[2]
+        mask, bias = (matrix, None) if not matrix.is_floating_point() else (None, matrix)
+    bottom_right = is_causal and q.shape[2] == k.shape[2]
+    if is_causal and not bottom_right:
+        upper_left = Mask(lambda at: at.k <= at.row)
+        mask = upper_left if mask is None else upper_left & mask
     out = api.attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        causal=is_causal and not upper_left,
-        mask=(lambda at: at.k <= at.row) if upper_left else mask,
+        causal=bottom_right,
+        mask=mask,
         bias=bias,
         scale=scale,
         dropout_p=dropout_p,
@@ -118,12 +122,6 @@ def scaled_dot_product_attention(
     if query.ndim == 4:
         return out
     return out[0] if query.ndim == 3 else out[0, 0] if query.ndim == 2 else out.unflatten(0, lead)
-
-
-def _bool() -> torch.dtype:
-    import torch
-
-    return torch.bool
 
 
 def _original() -> Any:
@@ -145,7 +143,6 @@ def _not_ours(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
-    is_causal: bool,
     enable_gqa: bool,
 ) -> str | None:
     """Why torch's own function has to answer; None if ours can. Errors of a call are torch's to raise."""
@@ -157,8 +154,6 @@ def _not_ours(
         return "leading axes to broadcast"
     if query.ndim > 2 and not (query.shape[-3] == key.shape[-3] == value.shape[-3]) and not enable_gqa:
         return "heads to broadcast"
-    if attn_mask is not None and is_causal:
-        return "attn_mask and is_causal, an error in torch"
     if attn_mask is not None and query.ndim > 4 and attn_mask.shape[:-3] != query.shape[:-3]:
         return "a mask to broadcast over more than one leading axis"
     return None

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 
 import anyflash.adoption.rows as folder
 from anyflash.adoption.row import Row
+
+
+def defined_in(module: str) -> list[Row]:
+    """The rows of one file."""
+    return [dataclasses.replace(row, module=module) for row in importlib.import_module(module).ROWS]
 
 
 def rows(only: str | None = None) -> list[Row]:
@@ -15,7 +21,7 @@ def rows(only: str | None = None) -> list[Row]:
     found: list[Row] = []
     for module in sorted(pkgutil.iter_modules(folder.__path__), key=lambda m: m.name):
         if not module.name.startswith("_"):
-            found += importlib.import_module(f"{folder.__name__}.{module.name}").ROWS
+            found += defined_in(f"{folder.__name__}.{module.name}")
     if only is None:
         return found
     wanted = [r for r in found if only.lower() in (r.name + " " + r.system).lower()]

@@ -68,13 +68,18 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the page. `build(quick)` loads the model and its input; quick means a smaller one."""
+    """One line of the page.
+
+    build    loads the model and its input; `build(True)` smaller ones, for a quick run
+    module   where the row is defined, for the process that measures it; the registry knows
+    """
 
     name: str
     system: str
     title: str
     requires: tuple[Requirement, ...]
     build: Callable[[bool], Workload]
+    module: str = ""
 
     def absent(self) -> list[Requirement]:
         return [r for r in self.requires if r.installed() is None]

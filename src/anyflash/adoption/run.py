@@ -39,7 +39,8 @@ def _run_row(row: Row, quick: bool, progress: Progress) -> dict[str, Any]:
 
 
 def _in_a_process(row: Row, quick: bool, progress: Progress) -> dict[str, Any]:
-    command = [sys.executable, "-m", "anyflash.adoption.worker", row.name] + (["--quick"] if quick else [])
+    command = [sys.executable, "-m", "anyflash.adoption.worker", row.module, row.name]
+    command += ["--quick"] if quick else []
     # Models and tokenizers come from installed packages: nothing may be looked up on the way.
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -47,8 +48,10 @@ def _in_a_process(row: Row, quick: bool, progress: Progress) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     outcome: dict[str, Any] | None = None
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment) as worker,
+    ):
         assert worker.stdout is not None
         try:
             for line in worker.stdout:
@@ -60,9 +63,9 @@ def _in_a_process(row: Row, quick: bool, progress: Progress) -> dict[str, Any]:
                 else:
                     outcome = {"status": "failed", "why": message["error"]}
             code = worker.wait()
-        finally:
+        except BaseException:
             worker.kill()
-            worker.wait()
+            raise
         said.seek(0)
         last = said.read().splitlines()[-_LAST_LINES:]
     if outcome is None:

@@ -1,4 +1,4 @@
-"""The process in which one row is measured: `python -m anyflash.adoption.worker NAME [--quick]`.
+"""The process in which one row is measured: `python -m anyflash.adoption.worker MODULE NAME [--quick]`.
 
 Writes one JSON object a line to standard output: {"doing", "part"} while it works, then {"record"} or
 {"error"}. A process a row keeps one system's memory and thread pools out of another's figures, and a crash
@@ -15,11 +15,12 @@ import traceback
 
 from anyflash.adoption import memory
 from anyflash.adoption.measure import measure
-from anyflash.adoption.registry import rows
+from anyflash.adoption.registry import defined_in
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
+    parser.add_argument("module")
     parser.add_argument("name")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
@@ -31,7 +32,7 @@ def main() -> int:
         records.write(json.dumps(line) + "\n")
         records.flush()
 
-    (row,) = [r for r in rows() if r.name == arguments.name]
+    (row,) = [r for r in defined_in(arguments.module) if r.name == arguments.name]
     try:
         record = measure(row, arguments.quick, lambda doing, part: write({"doing": doing, "part": part}))
     except Exception as error:  # noqa: BLE001 - whatever a system raises is this row's result

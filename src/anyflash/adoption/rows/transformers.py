@@ -18,7 +18,7 @@ from anyflash.adoption.row import Requirement, Result, Role, Row, Variant, Workl
 if TYPE_CHECKING:
     import torch
 
-_BATCH = 16
+_BATCH = 8
 _IMPLEMENTATIONS: dict[Role, str] = {"eager": "eager", "best": "sdpa", "ours": adapter.IMPLEMENTATION}
 _TORCH = Requirement("torch", "pip install torch==2.13.0")
 _TRANSFORMERS = Requirement("transformers", adapter.target.how_to_install)
@@ -54,7 +54,7 @@ def _minilm() -> tuple[Any, Any]:
 
 def _build_embedding(packed: bool, quick: bool) -> Workload:
     model, tokenizer = _minilm()
-    texts = corpus.passages(32 if quick else 96, 12, 400)
+    texts = corpus.passages(16 if quick else 96, 12, 250)
     longest = model.config.max_position_embeddings
     tokens: list[list[int]] = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
     lengths = sorted(len(t) for t in tokens)
