@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -278,15 +279,41 @@ def test_masks_of_every_kind() -> None:
     close(attention_for_transformers(MODULE, *qkv, additive)[0], expected)
 
 
-def test_finite_masks_keep_their_meaning() -> None:
-    """A row whose every key has the lowest finite value is their mean, as in transformers' eager
-    attention."""
-    qkv = [t.float() for t in arrays(6, 9)]
-    lowest = torch.zeros(2, 1, 6, 9)
-    lowest[1, 0, 2] = torch.finfo(torch.float32).min
-    out, _ = attention_for_transformers(MODULE, *qkv, lowest)
-    mean = qkv[2][1].mean(1).repeat_interleave(2, 0)
-    assert torch.allclose(out[1, 2], mean, rtol=0, atol=16 * torch.finfo(torch.float32).eps)
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e6, -1e9, LOWEST])
+def test_finite_masks_keep_their_meaning(value: float) -> None:
+    """A row masked throughout by a finite number is the mean of its keys, as in eager attention, and so are
+    its gradients."""
+    q, k, v = (t.float() for t in arrays(6, 9))
+    found = []
+    for attend in (eager, lambda *qkv: attention_for_transformers(MODULE, *qkv)[0]):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        mask = torch.zeros(2, 1, 6, 9)
+        mask[1, 0, 2] = value
+        out = attend(*leaves, mask)
+        out.square().sum().backward()
+        found.append([out.detach(), *(t.grad for t in leaves)])
+    # The number takes a score's last digits: what is left of it is right to a unit in the number's last
+    # place, and where that is coarser than the scores, nothing is left.
+    unit = float(np.spacing(np.float32(-value)))
+    rounding = 64 * torch.finfo(torch.float32).eps + (2 * unit if unit < 1 else 0.0)
+    for own, ours in zip(*found, strict=True):
+        assert float((ours - own).abs().max()) <= rounding * float(own.abs().max())
+
+
+def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return plain([q, k, v], None, mask)
+
+
+def test_nan_in_a_mask_is_seen() -> None:
+    qkv = arrays(6, 9)
+    mask = torch.zeros(2, 1, 6, 9, dtype=torch.float64)
+    mask[1, 0, 2, 3] = torch.nan
+    out, _ = attention_for_transformers(MODULE, *qkv, mask)
+    assert out[1, 2].isnan().all()
+    assert int(out.isnan().sum()) == out[1, 2].numel()
 
 
 def test_chosen_keys() -> None:
