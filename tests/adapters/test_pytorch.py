@@ -146,5 +146,17 @@ def test_transformer(training: bool, padded: bool) -> None:
     assert float((ours - own).detach().abs().max()) <= bound
 
 
+@pytest.mark.slow
+def test_compiled() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 7, 16)
+    with adapter.use():
+        found = torch.compile(layer, fullgraph=True)(x)
+        own = layer(x)
+    bound = 16 * torch.finfo(torch.float32).eps * float(own.detach().abs().max())
+    assert float((found - own).detach().abs().max()) <= bound
+
+
 def test_self_check() -> None:
     assert adapter.self_check() is None

@@ -297,7 +297,7 @@ def test_finite_masks_keep_their_meaning(value: float) -> None:
         found.append([out.detach(), *(t.grad for t in leaves)])
     # The number takes a score's last digits: what is left of it is right to a unit in the number's last
     # place, and where that is coarser than the scores, nothing is left.
-    unit = float(np.spacing(np.float32(-value)))
+    unit = abs(float(np.spacing(np.float32(max(value, -1e30)))))
     rounding = 64 * torch.finfo(torch.float32).eps + (2 * unit if unit < 1 else 0.0)
     for own, ours in zip(*found, strict=True):
         assert float((ours - own).abs().max()) <= rounding * float(own.abs().max())

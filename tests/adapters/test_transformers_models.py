@@ -233,3 +233,17 @@ def test_bfloat16(tiny: Tiny) -> None:
             for name in ("eager", adapter.IMPLEMENTATION)
         }
     assert errors[adapter.IMPLEMENTATION] <= 2 * errors["eager"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_compiled(padding: str) -> None:
+    """In one graph: while torch traces, masks are plain tensors."""
+    model = BY_ID["mistral"].make()
+    with torch.no_grad():
+        own, moved = attend(model, "eager", padding), attend(jittered(model), "eager", padding)
+        model.set_attn_implementation(adapter.IMPLEMENTATION)
+        compiled = torch.compile(model, fullgraph=True)
+        valid = present(BATCH, LENGTH, padding)
+        out = compiled(input_ids=tokens(BATCH, LENGTH), attention_mask=valid).logits
+    close(out if valid is None else out[valid.bool()], own, moved)

@@ -57,14 +57,16 @@ def _print(console: Console, found: dict[str, Any]) -> None:
     measured = [r for r in rows if r["status"] == "ok"]
     if measured:
         table = Table(box=None, header_style="bold", padding=(0, 1))
-        table.add_column("system\nworkload")
-        for name in ("eager", "best own", "anyflash"):
-            table.add_column(f"{name}\ntime, memory", justify="right")
-        table.add_column("speed-up over\neager, best", justify="right")
-        table.add_column("greatest\ndifference", justify="right")
+        table.add_column("system, workload")
+        for name in ("eager", "best own", "anyflash", "faster", "differs"):
+            table.add_column(name, justify="right", no_wrap=True)
         for r in measured:
             table.add_row(*_cells(r), end_section=True)
         console.print(table)
+        console.print(
+            "[dim]time and peak memory of a step; speed-up over eager and over its best own; greatest "
+            "difference from eager, of outputs and of gradients"
+        )
     for r in rows:
         if r["status"] == "failed":
             console.print(f"[red]failed[/] {r['system']}, {r['title']}: {r['why']}", highlight=False)
