@@ -56,8 +56,12 @@ LAZY = {
     "typer",
     "click",
     "psutil",
+    "onnx",
+    "onnxruntime",
+    "openvino",
 }
-MAY_IMPORT_FRAMEWORKS = ("frontends", "adapters", "compat", "kernels.triton", "kernels.gluon")
+# `bench` runs on torch throughout; only the command of that name imports it, when it runs.
+MAY_IMPORT_FRAMEWORKS = ("frontends", "adapters", "compat", "kernels.triton", "kernels.gluon", "bench")
 CLI_LIBRARIES = {"matplotlib", "rich", "typer", "click"}
 
 
