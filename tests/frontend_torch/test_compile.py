@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import anyflash as af
-from frontend_torch.cases import BACKENDS, each_backend, each_case, gradients
+from frontend_torch.cases import BACKENDS, DOCUMENTS, each_backend, each_case, gradients
 
 BACKEND = BACKENDS[0]
 
@@ -53,6 +54,27 @@ def inputs(*, batch: int = 2, queries: int = 3, keys: int = 6, seed: int = 0) ->
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
+def _layers(q, k, v):
+    heads_first = [t.transpose(1, 2) * 2 for t in (q, k, v)]
+    mask = af.masks.causal() | af.masks.prefix(2) | af.masks.documents(DOCUMENTS[:, :3], DOCUMENTS)
+    out = af.attention(*heads_first, layout="bhsd", mask=mask, backend=BACKEND)
+    return out.transpose(1, 2).flatten(2).relu()
+
+
+TRANSFORMED = {
+    "layers": _layers,
+    "vmap": lambda q, k, v: torch.vmap(lambda q: af.attention(q, k, v, backend=BACKEND))(
+        torch.stack([q, 2 * q])
+    ),
+    "grad": lambda q, k, v: torch.func.grad(
+        lambda q: af.attention(q, k.detach(), v.detach(), backend=BACKEND).sin().sum()
+    )(q.detach()),
+    "checkpoint": lambda q, k, v: checkpoint(
+        lambda *t: af.attention(*t, dropout_p=0.5, backend=BACKEND), q, k, v, use_reentrant=False
+    ),
+}
+
+
 @each_backend
 @each_case
 def test_same_as_eager(case, backend):
@@ -65,6 +87,48 @@ def test_same_as_eager(case, backend):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         pairs = zip(gradients(found, tensors), gradients(expected, tensors), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformed(name, compiler):
+    """Other transformations inside a compiled function, and layers around the call."""
+    function = TRANSFORMED[name]
+    tensors = inputs()
+    torch.manual_seed(1)
+    expected = function(*tensors)
+    torch.manual_seed(1)
+    with torch._inductor.config.patch(fallback_random=True):
+        found = torch.compile(function, fullgraph=True, backend=compiler)(*tensors)
+    torch.testing.assert_close(found, expected)
+    if expected.requires_grad:
+        pairs = zip(gradients((found,), tensors), gradients((expected,), tensors), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b)
+
+
+def test_compiled_autograd():
+    """A backward that is itself traced and compiled."""
+    tensors = inputs()
+
+    def train():
+        af.attention(*tensors, causal=True, backend=BACKEND).square().sum().backward()
+
+    train()
+    expected = [t.grad for t in tensors]
+    for t in tensors:
+        t.grad = None
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(train, backend="aot_eager")()
+    assert all(torch.equal(t.grad, grad) for t, grad in zip(tensors, expected, strict=True))
+
+
+def test_jit_trace():
+    tensors = [t.detach() for t in inputs()]
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+        traced = torch.jit.trace(lambda *t: af.attention(*t, causal=True, backend=BACKEND), tensors)
+    other = [t.detach() for t in inputs(seed=7)]
+    assert torch.equal(traced(*other), af.attention(*other, causal=True, backend=BACKEND))
 
 
 @each_backend

@@ -81,6 +81,27 @@ def test_only_wanted_gradients(backend):
         assert not af.attention(q, k, v, alibi_slopes=slopes, backend=backend).requires_grad
 
 
+SCALARS = {
+    "right": lambda t: lambda s, at: s * t,
+    "left": lambda t: lambda s, at: t * s,
+    "table": lambda t: lambda s, at: s * af.table(t)[()],
+    "function": lambda t: lambda s, at: af.maximum(s, s * t),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("form", SCALARS.values(), ids=SCALARS)
+def test_scalar_tensors(form, backend):
+    """A tensor without axes in a score function is read at every call and gets its gradient."""
+    q, k, v = tensors(dtype=torch.float64)
+
+    def call(t):
+        return af.attention(q.detach(), k, v, score=form(t), backend=backend)
+
+    temperature = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (temperature,))
+
+
 @each_backend
 def test_lse_alone(backend):
     """Only lse is used, so the gradient of out is absent rather than zero."""
@@ -310,6 +331,7 @@ def test_public_module():
 
 
 Q, K, V = [t.detach() for t in tensors()]
+NESTED = torch.nested.nested_tensor([Q[0], Q[1][:4]], layout=torch.jagged)
 REFUSED = {
     "k-of-numpy": ("k: .*numpy.*torch", lambda: af.attention(Q, K.numpy(), V)),
     "bias-of-numpy": (
@@ -324,6 +346,7 @@ REFUSED = {
     "two-dtypes": ("v: dtype bfloat16", lambda: af.attention(Q, K, V.bfloat16())),
     "complex": ("q: dtype complex64", lambda: af.attention(Q.to(torch.complex64), K, V)),
     "sparse": ("k: dtype float32 in layout torch.sparse_coo", lambda: af.attention(Q, K.to_sparse(), V)),
+    "nested": ("q, k, v: a nested tensor", lambda: af.attention(NESTED, NESTED, NESTED)),
     "rank": ("q: shape", lambda: af.attention(Q[0], K, V)),
     "bias-shape": ("bias: shape", lambda: af.attention(Q, K, V, bias=torch.ones(7, 9))),
     "table-index": (

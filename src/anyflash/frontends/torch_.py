@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from anyflash.core import threads
+from anyflash.core.errors import InvalidCall
 from anyflash.core.view import View
 from anyflash.frontends import torch_arrays, torch_autograd, torch_op, torch_vmap
 from anyflash.frontends.base import Request
@@ -36,10 +37,17 @@ class Torch:
 
     def attend(self, request: Request) -> tuple[Tensor, Tensor]:
         q, k, v = request.q, request.k, request.v
+        if q.is_nested or k.is_nested or v.is_nested:
+            raise InvalidCall(
+                "q, k, v",
+                "a nested tensor",
+                "dense tensors",
+                "Call anyflash.attention_varlen with the values() and offsets() of nested tensors",
+            )
         if torch._C._is_any_autocast_enabled():
             q, k, v = _autocast(q, k, v)
         seed = _seed(request.seed) if request.dropout else None
-        tables, names = list(request.tables), list(request.names)
+        tables, names = list(request.tables), ",".join(request.names)
         call = (seed, names, request.program, request.layout, request.backend)
         if request.cu_seqlens_q is None:
             out, lse, _ = _DENSE(q, k, v, tables, request.sinks, *call)

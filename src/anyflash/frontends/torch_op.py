@@ -30,7 +30,7 @@ _LENGTHS = {
     "attention_varlen": "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, ",
 }
 _ARRAYS = "Tensor q, Tensor k, Tensor v, Tensor[] tables, Tensor? sinks, {lengths}Tensor? seed, "
-_CALL = "str[] names, str program, str layout, str? backend"
+_CALL = "str names, str program, str layout, str? backend"
 _FORWARD = "{kind}(" + _ARRAYS + _CALL + ") -> (Tensor out, Tensor lse, Tensor stats)"
 _BACKWARD = (
     "{kind}_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor stats, "
@@ -63,7 +63,8 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], sinks: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths, _, (names, _, layout, _) = split(rest)
-    arguments = ["k", "v", *names, "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
+    named = names.split(",") if names else []
+    arguments = ["k", "v", *named, "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
     # A tensor on "meta" among others brings a call here that `describe` would have refused.
     for argument, tensor in zip(arguments, (k, v, *tables, sinks, *lengths), strict=False):
         if tensor is not None and tensor.device != q.device:
@@ -161,7 +162,7 @@ def _describe(
         view(v),
         layout=layout,
         tables=tuple([view(table) for table in tables]) if tables else (),
-        names=names,
+        names=names.split(",") if names else (),
         needs_grad=needs_grad,
         sinks=None if sinks is None else view(sinks),
         cu_seqlens_q=cu_seqlens_q,

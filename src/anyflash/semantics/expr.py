@@ -24,6 +24,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from anyflash.core import dtypes
+
 Kind = Literal["float", "int", "bool"]
 
 VARIABLES: dict[str, Kind] = {
@@ -159,12 +161,14 @@ Operand = Expr | float | int | bool
 
 
 def const(value: float | int | bool) -> Expr:
-    """A literal; its Python type gives the kind. numpy scalars are taken by their `item()`."""
+    """A literal; its Python type gives the kind. numpy scalars are taken by their `item()`, those of a
+    framework become tables without axes: they may want a gradient, and may differ at the next call."""
     if isinstance(value, Expr):
         return value
-    if not isinstance(value, (bool, int, float)):
-        item = getattr(value, "item", None)
-        value = item() if item is not None and getattr(value, "ndim", None) == 0 else value
+    if not isinstance(value, (bool, int, float)) and getattr(value, "ndim", None) == 0:
+        if type(value).__module__.partition(".")[0] not in ("numpy", "ml_dtypes"):
+            return Table(value, dtypes.kind(str(value.dtype).rpartition(".")[2]))[()]
+        value = value.item()
     if isinstance(value, bool):
         return Expr("const", value=value, kind="bool")
     if isinstance(value, int):

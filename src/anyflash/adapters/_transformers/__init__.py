@@ -1,0 +1,1 @@
+"""The parts of the transformers adapter that import torch and transformers; loaded by `install()`."""

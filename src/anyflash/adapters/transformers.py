@@ -1,0 +1,120 @@
+"""Hugging Face transformers: `attn_implementation="anyflash"`.
+
+    from anyflash.adapters import transformers as anyflash_for_transformers
+
+    anyflash_for_transformers.install()
+    model = AutoModel.from_pretrained(..., attn_implementation="anyflash")   # or
+    model.set_attn_implementation("anyflash")
+
+`install` registers the name with both of transformers' registries, attention and mask: a name that has only
+the first would silently run without any mask. transformers takes every name that contains "flash" for a build
+of the flash_attn package: it tries to load that, sends some models to another implementation, and refuses
+others. So a model asked for "anyflash" is given the same two functions under a name that does not match,
+"AnyFlash"; its config says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from anyflash.adapters.base import Target
+
+name = "transformers"
+target = Target(
+    package="transformers",
+    module="transformers",
+    minimum="5.22",
+    below="5.24",
+    how_to_install="pip install 'transformers>=5.22,<5.24'",
+)
+IMPLEMENTATION = "anyflash"
+_REGISTERED = "AnyFlash"
+
+_undo: list[Callable[[], object]] = []
+
+
+def install() -> None:
+    """Make `attn_implementation="anyflash"` available. Changes no model and no other implementation.
+
+    Raises ImportError if transformers or torch is absent.
+    """
+    if _undo:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+    from anyflash.adapters._transformers.attention import attention_for_transformers
+    from anyflash.adapters._transformers.mask import mask_for_transformers
+
+    target.warn_if_untested()
+    for name in (IMPLEMENTATION, _REGISTERED):
+        _register(AttentionInterface, name, attention_for_transformers)
+        _register(AttentionMaskInterface, name, mask_for_transformers)
+    for method in ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation"):
+        _translate(PreTrainedModel, method)
+
+
+def remove() -> None:
+    """Take the name out of both registries, or put back what had it before."""
+    while _undo:
+        _undo.pop()()
+
+
+def _register(registry: Any, name: str, function: Callable[..., Any]) -> None:
+    before = registry._global_mapping.get(name)
+    registry.register(name, function)
+    if before is None:
+        _undo.append(lambda: registry._global_mapping.pop(name, None))
+    else:
+        _undo.append(lambda: registry.register(name, before))
+
+
+def _translate(model: Any, method: str) -> None:
+    """Where transformers checks the name a model is asked for, ours becomes the one that it does not
+    mistake."""
+    own = vars(model)[method]
+
+    @functools.wraps(own)
+    def checked(self: Any, implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, _REGISTERED if implementation == IMPLEMENTATION else implementation, *args, **kwargs)
+
+    setattr(model, method, checked)
+    _undo.append(lambda: setattr(model, method, own))
+
+
+def self_check() -> str | None:
+    """None if a tiny random Llama with padding agrees with its own attention; else what is wrong."""
+    if target.installed() is None:
+        return f"{target.package} is not installed: {target.how_to_install}"
+    try:
+        import torch
+        from transformers import LlamaConfig, LlamaModel
+    except ImportError as error:
+        return f"cannot import {error.name or error}: {error}"
+
+    was_installed = bool(_undo)
+    state = torch.get_rng_state()
+    install()
+    try:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+        config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+        model = LlamaModel(config).eval()
+        tokens = torch.arange(24).reshape(2, 12)
+        present = torch.ones(2, 12, dtype=torch.long)
+        present[1, :5] = 0
+        outputs = []
+        for implementation in ("eager", IMPLEMENTATION):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                outputs.append(model(tokens, attention_mask=present).last_hidden_state[present.bool()])
+        difference = float((outputs[0] - outputs[1]).abs().max())
+        bound = 64 * torch.finfo(torch.float32).eps * float(outputs[0].abs().max())
+        if not difference <= bound:
+            return f"a tiny Llama differs from its own attention by {difference:.1e}, rounding by {bound:.1e}"
+        return None
+    finally:
+        torch.set_rng_state(state)
+        if not was_installed:
+            remove()

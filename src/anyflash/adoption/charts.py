@@ -1,0 +1,88 @@
+"""Bars and dots as inline SVG, coloured by the page's style sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+_HEADING = 26
+_BAR, _GAP = 20, 12
+_LINE = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """`role` is the CSS class; `samples` are drawn as ticks over the bar."""
+
+    role: str
+    label: str
+    value: float
+    samples: Sequence[float] = ()
+
+
+def bars(heading: str, rows: Sequence[Bar], show: Callable[[float], str]) -> str:
+    """Horizontal bars from 0, one a variant, each with its value."""
+    width, label, value = 460, 92, 84
+    unit = (width - label - value) / (max(s for r in rows for s in (r.value, *r.samples)) or 1.0)
+    parts = [_text(heading, 0, 13, "heading")]
+    top = _HEADING
+    for row in rows:
+        end = unit * max([row.value, *row.samples])
+        middle = top + _BAR / 2
+        length = max(unit * row.value, 1.5)
+        parts.append(_text(row.label, label - 10, middle, "label", "end"))
+        parts.append(_tag("rect", f"bar {row.role}", x=label, y=top, width=length, height=_BAR, rx=3))
+        for s in row.samples:
+            x = label + unit * s
+            parts.append(_tag("line", "sample", x1=x, x2=x, y1=top + 4, y2=top + _BAR - 4))
+        parts.append(_text(show(row.value), label + end + 8, middle, f"value {row.role}"))
+        top += _BAR + _GAP
+    return _svg(width, top, heading, parts)
+
+
+def ratios(heading: str, rows: Sequence[tuple[str, float, float]]) -> str:
+    """For each row (title, against eager, against best) two dots on one scale from 0, with a line at 1, where
+    the two are alike."""
+    width, label, right = 960, 330, 80
+    longest = 1.06 * max([1.0] + [v for _, eager, best in rows for v in (eager, best)])
+    unit = (width - label - right) / longest
+    top = _HEADING + 8
+    bottom = top + _LINE * len(rows)
+    parts = [_text(heading, 0, 13, "heading")]
+    for tick in _ticks(longest):
+        x = label + unit * tick
+        parts.append(_tag("line", "grid one" if tick == 1 else "grid", x1=x, x2=x, y1=top - 6, y2=bottom))
+        parts.append(_text(f"{tick:g}×", x, bottom + 14, "tick", "middle"))
+    for i, (title, eager, best) in enumerate(rows):
+        y = top + _LINE * (i + 0.5)
+        near, far = sorted((eager, best))
+        parts.append(_text(title, label - 14, y, "label", "end"))
+        parts.append(_tag("line", "span", x1=label + unit * near, x2=label + unit * far, y1=y, y2=y))
+        for role, value in (("eager", eager), ("best", best)):
+            note = f"against {role}: {value:.2f}×"
+            parts.append(_tag("circle", f"dot {role}", note, cx=label + unit * value, cy=y, r=6))
+        parts.append(_text(f"{near:.2f}× {far:.2f}×", label + unit * far + 14, y, "value"))
+    return _svg(width, bottom + 24, heading, parts)
+
+
+def _ticks(longest: float) -> list[float]:
+    for step in (0.25, 0.5, 1, 2, 5, 10, 20, 50):
+        if longest / step <= 8:
+            return [step * i for i in range(int(longest / step) + 1)]
+    return [0, 1, longest]
+
+
+def _tag(name: str, css: str, note: str = "", **attributes: float) -> str:
+    values = "".join(f' {key}="{value:.5g}"' for key, value in attributes.items())
+    inside = f"<title>{escape(note)}</title>" if note else ""
+    return f'<{name} class="{css}"{values}>{inside}</{name}>'
+
+
+def _text(text: str, x: float, y: float, css: str, anchor: str = "start") -> str:
+    return f'<text class="{css}" x="{x:.5g}" y="{y:.5g}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
+    return head + "".join(parts) + "</svg>"

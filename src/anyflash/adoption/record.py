@@ -1,0 +1,55 @@
+"""The whole of what a run found, and its two files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from anyflash.adoption import machine, memory, page
+from anyflash.adoption.agreement import FACTORS
+
+FORMAT = 1
+_HOW = """
+Each row runs in a process of its own: the real package, the same model object, weights and input for every
+attention. Only the attention is exchanged. 'Best own' is the fastest attention that the system itself brings
+for this workload on this machine.
+
+First, agreement. Outputs and gradients of every attention are compared with the same step in float64 under
+the system's eager attention. Ours may err at most {outputs:g} times as much as the worse of the system's own
+({gradients:g} times for gradients), plus one rounding of the dtype; otherwise the row fails and is not timed.
+The error is the root mean square of the difference, relative to that of the float64 values. The greatest
+difference is the largest absolute one between ours and eager.
+
+Then time. The attentions take turns, one step each a round, the order turning by one from round to round; the
+figure is the median. All have run once before, so compilation and other first-time work is not in it.
+
+Then memory: {memory}. Weights and inputs are there already and are not counted; activations, gradients and
+all working memory are. Freed memory is given back to the system before the step.
+"""
+
+
+def report(rows: list[dict[str, Any]], quick: bool) -> dict[str, Any]:
+    """Everything that adoption.json holds. `format` changes when a reader would have to."""
+    return {
+        "format": FORMAT,
+        "quick": quick,
+        "machine": machine.describe(),
+        "how": _how(),
+        "rows": rows,
+    }
+
+
+def _how() -> list[str]:
+    """Paragraphs of plain text."""
+    text = _HOW.format(outputs=FACTORS["outputs"], gradients=FACTORS["gradients"], memory=memory.method())
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+
+
+def write(found: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """adoption.json and adoption.html in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, html = folder / "adoption.json", folder / "adoption.html"
+    data.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    html.write_text(page.render(found), encoding="utf-8")
+    return data, html

@@ -1,0 +1,85 @@
+"""What a row of the adoption page is: a system, a workload, and the attentions it is run with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Role = Literal["eager", "best", "ours"]
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """A distribution that a row needs, and the command that installs it."""
+
+    package: str
+    how_to_install: str
+
+    def installed(self) -> str | None:
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one step produced, by name. Gradients are judged apart from outputs."""
+
+    outputs: Arrays
+    gradients: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One attention under which the workload runs.
+
+    role      "eager": the system's plain attention; "best": its fastest own one here; "ours"
+    context   puts the attention in place; entered outside every measurement
+    """
+
+    role: Role
+    label: str
+    context: Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A built row: model and input are in memory.
+
+    description  what runs, with the sizes that the input turned out to have
+    dtype        of the computation; its rounding enters the tolerance
+    step         one measured unit of work: takes the variant's role, gives what it produced
+    reference    the same in float64 with the system's plain attention
+    """
+
+    description: str
+    dtype: str
+    step: Callable[[Role], Result]
+    reference: Callable[[], Result]
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the page.
+
+    build    loads the model and its input; `build(True)` smaller ones, for a quick run
+    module   where the row is defined, for the process that measures it; the registry knows
+    """
+
+    name: str
+    system: str
+    title: str
+    requires: tuple[Requirement, ...]
+    build: Callable[[bool], Workload]
+    module: str = ""
+
+    def absent(self) -> list[Requirement]:
+        return [r for r in self.requires if r.installed() is None]

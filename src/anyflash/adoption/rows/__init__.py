@@ -1,0 +1,1 @@
+"""One file a system. Importing one imports no framework; `build` does."""

@@ -1,0 +1,51 @@
+"""Rows without a system, for the machinery around them: they go right, wrong, missing, and down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from anyflash.adoption.row import Requirement, Result, Role, Row, Variant, Workload
+
+HERE = Requirement("numpy", "pip install numpy")
+NOWHERE = Requirement("no-such-distribution", "pip install no-such-distribution")
+MIB = {"eager": 64, "best": 32, "ours": 16}
+SECONDS = {"eager": 0.03, "best": 0.02, "ours": 0.01}
+
+
+def workload(ours: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Workload:
+    exact = np.linspace(1.0, 2.0, 1000)
+
+    def step(role: Role) -> Result:
+        held = np.ones(MIB[role] << 17)
+        time.sleep(SECONDS[role])
+        found = exact.astype(np.float32)
+        return Result({"x": ours(found) if role == "ours" else found, "held": held[:1]}, {"dx": found})
+
+    def reference() -> Result:
+        return Result({"x": exact, "held": np.ones(1)}, {"dx": exact})
+
+    variants = tuple(Variant(role, f"the {role}", contextlib.nullcontext) for role in SECONDS)
+    return Workload("numbers", "float32", step, reference, variants)
+
+
+def fails(quick: bool) -> Workload:
+    raise OSError("the model file is gone")
+
+
+def dies(quick: bool) -> Workload:
+    os.write(1, b"last words\n")
+    os.abort()
+
+
+ROWS = [
+    Row("right", "Stub", "goes right", (HERE,), lambda quick: workload()),
+    Row("wrong", "Stub", "differs", (HERE,), lambda quick: workload(lambda x: x * 1.001)),
+    Row("fails", "Stub", "cannot be built", (HERE,), fails),
+    Row("dies", "Stub", "takes its process down", (HERE,), dies),
+    Row("absent", "Stub", "is not installed", (HERE, NOWHERE), fails),
+]

@@ -1,0 +1,69 @@
+"""adoption.html: whole, well-formed, without outside resources, and with everything that was found."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+from adoption import sample
+from anyflash.adoption import page
+
+VOID = {"meta", "br"}
+
+
+class Balance(HTMLParser):
+    """Every element closed in order; gathers tags, attributes and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(html: str) -> Balance:
+    found = Balance()
+    found.feed(html)
+    found.close()
+    assert not found.open
+    return found
+
+
+def test_whole_page() -> None:
+    report = sample.report(quick=True)
+    html = page.render(report)
+    found = parsed(html)
+    machine = report["machine"]
+    expected = [machine["cpu"], machine["date"].replace("T", " "), *machine["versions"].values()]
+    expected += ["A quick run", "1.59×", "0.90×", "398 ms", "71 MiB", "pip install 'it>=1,<2'"]
+    expected += ["RuntimeError: our <outputs> err", "line <1>", "A <system>", *report["how"]]
+    for text in expected:
+        assert text in found.text, text
+    assert found.tags.count("svg") == 2 + 2 * 3
+    assert found.text.count("anyflash") >= 3
+
+
+def test_no_outside_resource() -> None:
+    html = page.render(sample.report())
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert not {"src", "href"} & {name for name, _ in parsed(html).attributes}
+    assert "script" not in parsed(html).tags
+
+
+def test_nothing_measured() -> None:
+    report = sample.report()
+    report["rows"] = [r for r in report["rows"] if r["status"] == "absent"]
+    assert "Not installed here" in parsed(page.render(report)).text
