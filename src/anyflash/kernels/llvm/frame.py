@@ -180,7 +180,7 @@ class Frame:
         b, slot = self.b, node.value
         axis = self.spec.tables[slot].bounded_axis
         if axis is None:
-            return None
+            return self._entry(node, index)
         algebra = Instructions(b)
         access = self.tables[slot]
         offset = b.const(0, I64)
@@ -207,6 +207,20 @@ class Frame:
             return surely & known, possibly | (known ^ True)
         unknown = algebra.limits("int")
         return b.select(known, least, unknown[0]), b.select(known, most, unknown[1])
+
+    def _entry(self, node: Expr, index: tuple[Interval[Value], ...]) -> Interval[Value] | None:
+        """The entry itself where the whole tile reads one, such as a length by batch entry."""
+        b = self.b
+        if node.kind == "float":
+            return None
+        known = b.const(True, "i1")
+        for low, high in index:
+            known = known & b.compare("eq", low, high)
+        value = self.tables[node.value].load(b, [low for low, _ in index], self.element)
+        if node.kind == "bool":
+            return value & known, value | (known ^ True)
+        value, (low, high) = b.to_int(value, I64), Instructions(b).limits("int")
+        return b.select(known, value, low), b.select(known, value, high)
 
     def variables(self, seq: Sequence, head: Value, row: Value, vector: int) -> dict[str, Value]:
         """The expression variables for the queries of one vector; `k` and `score` are added by the caller.
