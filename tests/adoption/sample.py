@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyflash.adoption import record
+from anyflash.adoption import machine, record
 
 
 def row(name: str, seconds: tuple[float, float, float], mib: tuple[int, int, int]) -> dict[str, Any]:
@@ -57,4 +57,4 @@ def rows() -> list[dict[str, Any]]:
 
 
 def report(quick: bool = False) -> dict[str, Any]:
-    return record.report(rows(), quick)
+    return record.report(rows(), quick, machine.describe())

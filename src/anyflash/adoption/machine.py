@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from anyflash.kernels.llvm.target import target_report
+
 _PACKAGES = ("numpy", "llvmlite", "ml_dtypes", "torch", "transformers")
 
 
 def describe() -> dict[str, Any]:
-    """CPU model, usable cores, memory, system, versions and the time in UTC."""
+    """What a reader must know of the machine. Called before measuring: `load`, the processes that wanted to run
+    in the last minute, then tells of other programs, and `date`, in UTC, of the beginning."""
     versions = {"python": platform.python_version()}
     for package in ("anyflash", *_PACKAGES):
         try:
@@ -26,6 +29,8 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu(),
         "architecture": platform.machine(),
         "cores": _cores(),
+        "kernels": target_report()["chosen"],
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "memory_bytes": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "versions": versions,

@@ -20,7 +20,7 @@ class Effort:
 
 
 QUICK = Effort(rounds=3, seconds=10.0)
-FULL = Effort(rounds=15, seconds=40.0)
+FULL = Effort(rounds=15, seconds=25.0)
 Progress = Callable[[str, float], None]
 
 

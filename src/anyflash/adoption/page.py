@@ -9,6 +9,7 @@ from typing import Any
 from anyflash.adoption import units
 from anyflash.adoption.charts import Bar, bars, ratios
 
+_BUSY = 0.5
 _STYLE = Path(__file__).with_name("page.css")
 
 
@@ -49,10 +50,13 @@ def _head(report: dict[str, Any]) -> str:
         "Processor": f"{machine['cpu']} ({machine['architecture']})",
         "Usable cores": str(machine["cores"]),
         "Memory": units.size(memory) if memory else "unknown",
+        "anyflash kernels": machine["kernels"] or "none for this processor",
         "System": machine["system"],
         "Date": machine["date"].replace("T", " "),
         "Versions": versions,
     }
+    if machine["load"] is not None and machine["load"] > _BUSY:
+        facts["Other load"] = f"{machine['load']:.1f} processes before the run: figures are less sure"
     items = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     size = " A quick run: smaller workloads, fewer repeats." if report["quick"] else ""
     return (

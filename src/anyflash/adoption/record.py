@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anyflash.adoption import machine, memory, page
+from anyflash.adoption import memory, page
 from anyflash.adoption.agreement import FACTORS
 
 FORMAT = 1
@@ -29,12 +29,13 @@ all working memory are. Freed memory is given back to the system before the step
 """
 
 
-def report(rows: list[dict[str, Any]], quick: bool) -> dict[str, Any]:
-    """Everything that adoption.json holds. `format` changes when a reader would have to."""
+def report(rows: list[dict[str, Any]], quick: bool, where: dict[str, Any]) -> dict[str, Any]:
+    """Everything that adoption.json holds; `where` is the machine. `format` changes when a reader would have
+    to."""
     return {
         "format": FORMAT,
         "quick": quick,
-        "machine": machine.describe(),
+        "machine": where,
         "how": _how(),
         "rows": rows,
     }

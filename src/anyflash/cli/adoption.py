@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from anyflash.adoption import record, registry, run, units
+from anyflash.adoption import machine, record, registry, run, units
 from anyflash.adoption.row import Row
 
 
@@ -25,7 +25,8 @@ def command(
         rows = registry.rows(only)
     except KeyError as error:
         raise typer.BadParameter(error.args[0], param_hint="--only") from error
-    found = record.report(_measure(console, rows, quick), quick)
+    where = machine.describe()
+    found = record.report(_measure(console, rows, quick), quick, where)
     data, html = record.write(found, out)
     _print(console, found)
     console.print(f"\nwrote {data} and {html}: open the latter in a browser", highlight=False)

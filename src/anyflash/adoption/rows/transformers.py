@@ -54,7 +54,7 @@ def _minilm() -> tuple[Any, Any]:
 
 def _build_embedding(packed: bool, quick: bool) -> Workload:
     model, tokenizer = _minilm()
-    texts = corpus.passages(16 if quick else 96, 12, 250)
+    texts = corpus.passages(16 if quick else 64, 12, 250)
     longest = model.config.max_position_embeddings
     tokens: list[list[int]] = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
     lengths = sorted(len(t) for t in tokens)
