@@ -17,8 +17,8 @@ _PACKAGES = ("numpy", "llvmlite", "ml_dtypes", "torch", "transformers")
 
 
 def describe() -> dict[str, Any]:
-    """What a reader must know of the machine. Called before measuring: `load`, the processes that wanted to run
-    in the last minute, then tells of other programs; `date` is that of the beginning, in UTC."""
+    """What a reader must know of the machine. Called before measuring: `load`, the processes that wanted to
+    run in the last minute, then tells of other programs; `date` is that of the beginning, in UTC."""
     versions = {"python": platform.python_version()}
     for package in ("anyflash", *_PACKAGES):
         try:
