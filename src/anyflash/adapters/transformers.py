@@ -25,9 +25,9 @@ name = "transformers"
 target = Target(
     package="transformers",
     module="transformers",
-    minimum="5.22",
+    minimum="5.23",
     below="5.24",
-    how_to_install="pip install 'transformers>=5.22,<5.24'",
+    how_to_install="pip install 'transformers>=5.23,<5.24'",
 )
 IMPLEMENTATION = "anyflash"
 _REGISTERED = "AnyFlash"
@@ -42,12 +42,12 @@ def install() -> None:
     """
     if _undo:
         return
+    target.warn_if_untested()
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
     from anyflash.adapters._transformers.attention import attention_for_transformers
     from anyflash.adapters._transformers.mask import mask_for_transformers
 
-    target.warn_if_untested()
     for name in (IMPLEMENTATION, _REGISTERED):
         _register(AttentionInterface, name, attention_for_transformers)
         _register(AttentionMaskInterface, name, mask_for_transformers)
@@ -87,15 +87,16 @@ def self_check() -> str | None:
     """None if a tiny random Llama with padding agrees with its own attention; else what is wrong."""
     if target.installed() is None:
         return f"{target.package} is not installed: {target.how_to_install}"
+    was_installed = bool(_undo)
     try:
         import torch
         from transformers import LlamaConfig, LlamaModel
-    except ImportError as error:
-        return f"cannot import {error.name or error}: {error}"
 
-    was_installed = bool(_undo)
+        install()
+    except ImportError as error:
+        return f"{error}; {target.package} {target.installed()} is here, tested is {target}"
+
     state = torch.get_rng_state()
-    install()
     try:
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
