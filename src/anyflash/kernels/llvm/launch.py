@@ -46,14 +46,14 @@ def compiled(spec: Spec, target: Target) -> Code:
     found = _codes.get((spec, target))
     if found is None:
         kernel = engine.compile_module(
-            lambda: _emitted(spec, target), target, spec.key, [spec.part, "scratch_bytes"]
+            lambda: emitted(spec, target), target, spec.key, [spec.part, "scratch_bytes"]
         )
         found = Code(kernel.addresses[spec.part], kernel.integer("scratch_bytes"))
         _codes[spec, target] = found
     return found
 
 
-def _emitted(spec: Spec, target: Target) -> str:
+def emitted(spec: Spec, target: Target) -> str:
     """The module's text. The scratch size is in it, so that a stored object needs no emitter."""
     emit = {"forward": emit_forward, "decode": emit_decode}.get(spec.part, emit_backward)
     ir, scratch_bytes = emit(spec, target)
