@@ -7,6 +7,7 @@ thread, processor time.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -42,18 +43,26 @@ def _no_product(which: int) -> Callable[[], Any]:
 
     @contextmanager
     def leave_out() -> Iterator[None]:
+        emitted, inside = itertools.count(), [False]
+
+        def replace(whole: Callable[..., None]) -> Callable[..., None]:
+            def product(
+                self: Form, a: Any, y: Any, rows: Any, vectors: int, depth: Any, start: Any, finish: Any
+            ) -> None:
+                # One form's product may be written with another's: only the outer one is a product of the
+                # kernel.
+                if inside[0]:
+                    return whole(self, a, y, rows, vectors, depth, start, finish)
+                inside[0] = True
+                whole(self, a, y, rows, vectors, 0 if next(emitted) == which else depth, start, finish)
+                inside[0] = False
+                return None
+
+            return product
+
         with ExitStack() as stack:
-            count = [0]
             for form in (Form, PairForm):
-                whole = form.product
-
-                def product(self: Form, a: Any, y: Any, rows: Any, vectors: int, depth: Any, start: Any,
-                            finish: Any, whole: Any = whole) -> None:  # fmt: skip
-                    mine, count[0] = count[0], count[0] + 1
-                    whole(self, a, y, rows, vectors, 0 if mine == which else depth, start, finish)
-                    count[0] = mine + 1  # a form may call its parent's
-
-                stack.enter_context(mock.patch.object(form, "product", product))
+                stack.enter_context(mock.patch.object(form, "product", replace(form.product)))
             yield
 
     return leave_out
@@ -149,8 +158,8 @@ class _Case:
 
 def _compiled_apart(spec: Spec, target: Target) -> launch.Code:
     """As launch.compiled, found again by the code itself: a variant has the key of the real kernel."""
-    kernel = engine.compile_module(launch.emitted(spec, target), target, None, [spec.part, "scratch_bytes"])
-    return launch.Code(kernel.addresses[spec.part], kernel.integer("scratch_bytes"))
+    kernel = engine.compile_module(launch.emitted(spec, target), target, None, [spec.part, *launch.SIZES])
+    return launch.Code(kernel.addresses[spec.part], *(kernel.integer(size) for size in launch.SIZES))
 
 
 def view(array: np.ndarray, dtype: str) -> View:

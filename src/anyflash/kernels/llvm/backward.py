@@ -27,6 +27,7 @@ from anyflash.kernels.llvm import layout, philox, tiles, vmath
 from anyflash.kernels.llvm.frame import Frame, Sequence
 from anyflash.kernels.llvm.gemm import Matrix
 from anyflash.kernels.llvm.ir import BYTES, I1, I32, I64, Builder, Scalar, Value, Var, vec
+from anyflash.kernels.llvm.keys import Keys
 from anyflash.kernels.llvm.scatter import Scatter
 from anyflash.kernels.llvm.spec import TASK_WORDS, Spec
 from anyflash.kernels.llvm.staging import Staging
@@ -34,8 +35,9 @@ from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.derivative import derivative
 
 
-def emit_backward(spec: Spec, target: Target) -> tuple[str, int]:
-    """The function's IR and the bytes of scratch a thread needs beside the sums of dK and dV."""
+def emit_backward(spec: Spec, target: Target) -> tuple[str, int, int]:
+    """The function's IR, and the bytes of scratch that a thread needs beside the sums of dK and dV: fixed,
+    and for each block of keys."""
     b = Builder(spec.part)
     kernel = _Backward(b, spec, target)
     if spec.dot == "tiles":
@@ -44,7 +46,7 @@ def emit_backward(spec: Spec, target: Target) -> tuple[str, int]:
         kernel.task(b.atomic_increment(kernel.pointer("counter")), done)
     if spec.dot == "tiles":
         tiles.release(b, target)
-    return b.text(), kernel.scratch_bytes
+    return b.text(), kernel.scratch_bytes, kernel.keys.ahead_bytes()
 
 
 class _Backward(Frame):
@@ -73,9 +75,7 @@ class _Backward(Frame):
         self.ds = self.scratch(block_k * self.row)
         # dS again, for the product that contracts keys, where the two products read different layouts.
         self.ds_keys = self.scratch(block_k * self.row) if form.keys_together > 1 else self.ds
-        self.k_rows = self.scratch(block_k * form.row_bytes(dim))
-        self.v_rows = self.scratch(block_k * form.row_bytes(dim_v))
-        self.k_pairs = self.scratch(form.token_bytes(block_k, dim))
+        self.keys = Keys(self, frozenset("k") if self.want_dq else frozenset())
         self.spare = self.scratch(block_q * max(self.width, self.width_v, form.row_bytes(dim_v)))
         self.m, self.log2_l, self.delta = (self.scratch(self.row) for _ in range(3))
         self.bad_q, self.bad_do = b.var(I1, False), b.var(I1, False)
@@ -85,6 +85,7 @@ class _Backward(Frame):
         # The sums of dK and dV lie behind everything of fixed size.
         self.dk_sums = b.at(self._scratch, self.scratch_bytes)
         self.dv_sums = b.at(self.dk_sums, self.word("acc_keys") * self.width)
+        self.ahead = b.at(self.dv_sums, self.word("acc_keys") * self.width_v)
 
     def task(self, number: Value, done: str) -> None:
         b = self.b
@@ -109,6 +110,7 @@ class _Backward(Frame):
             whole = self.whole_keys(keys)
             layout.zero(b, self.dk_sums, whole * self.width, self.element, self.lanes)
             layout.zero(b, self.dv_sums, whole * self.width_v, self.element, self.lanes)
+        self.keys.prepare(seq, kv_head, task["key_begin"], key_end, self.ahead)
         with b.loop(0, group) as g:
             head = kv_head * group + g
             with b.loop(task["block_begin"], last_block) as block:
@@ -230,8 +232,9 @@ class _Backward(Frame):
         b, spec = self.b, self.spec
         whole = self.whole_keys(keys)
         partial = (surely ^ True) | b.compare("lt", keys, whole) | b.compare("lt", rows, self.block_q)
-        k = self.block_of_rows("k", seq, kv_head, key, keys, whole, self.k_rows)
-        v = self.block_of_rows("v", seq, kv_head, key, keys, whole, self.v_rows)
+        first = key - place
+        k, k_words = self.keys.tile("k", seq, kv_head, first, key, keys, whole)
+        v, _ = self.keys.tile("v", seq, kv_head, first, key, keys, whole)
         self.staging.read(self.variables(seq, head, row, 0), row, rows, key, keys)
         form = self.form
         factor = None if spec.dot == "number" else self.number("scale") * self.unit
@@ -263,7 +266,7 @@ class _Backward(Frame):
             ):
                 self.add_keys(left, right, width, b.at(sums, place * width), whole, bad, partial)
         if self.want_dq:
-            self.add_queries(k, whole, partial)
+            self.add_queries(k, k_words, whole, partial)
 
     def at(self, matrix: Value, j: Scalar, vector: int) -> Value:
         return self.b.at(self.b.at(matrix, j * self.row), vector * self.step)
@@ -355,10 +358,9 @@ class _Backward(Frame):
             partial,
         )
 
-    def add_queries(self, k_rows: Value, whole: Value, partial: Value) -> None:
+    def add_queries(self, k_rows: Value, a: Matrix, whole: Value, partial: Value) -> None:
         """dQ^T += K^T dS."""
         b, form, dim, vectors = self.b, self.form, self.spec.head_dim, self.spec.query_vectors
-        a = form.tokens_a(k_rows, dim, whole, self.k_pairs)
         y, depth = form.keys_b(self.ds_keys), form.token_words(whole)
 
         def start(d: Scalar, vector: int) -> Value:

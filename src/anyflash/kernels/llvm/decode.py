@@ -29,13 +29,13 @@ from anyflash.kernels.llvm.target import Target
 SPLIT_KEYS = 1024
 
 
-def emit_decode(spec: Spec, target: Target) -> tuple[str, int]:
-    """The function's IR and the bytes of scratch a thread needs."""
+def emit_decode(spec: Spec, target: Target) -> tuple[str, int, int]:
+    """The function's IR, and the bytes of scratch that a thread needs: fixed, and for each block of keys."""
     b = Builder(spec.part)
     kernel = _Decode(b, spec, target)
     with b.forever() as done:
         kernel.task(b.atomic_increment(kernel.pointer("counter")), done)
-    return b.text(), kernel.scratch_bytes
+    return b.text(), kernel.scratch_bytes, 0
 
 
 def partial_bytes(rows: int, dim_v: int, size: int) -> int:

@@ -98,7 +98,10 @@ class Form:
         )  # fmt: skip
         return Matrix(target, self.row, self.step)
 
-    def tokens_a(self, rows: Value, dim: int, tokens: Scalar, spare: Value) -> Matrix:
+    def make_tokens_a(self, rows: Value, dim: int, tokens: Scalar, words: Value) -> None:
+        """Write the words that `tokens_a` reads."""
+
+    def tokens_a(self, rows: Value, dim: int, words: Value) -> Matrix:
         return Matrix(rows, BYTES[self.element], self.row_bytes(dim))
 
     def tokens_b(self, rows: Value, dim: int, tokens: Scalar, spare: Value) -> Matrix:
@@ -168,18 +171,22 @@ class PairForm(Form):
             width += padded(dim, 2 * tiles.ROWS)  # turned for tokens_a; products read whole pairs of tiles
         return 4 * (tokens // 2) * width
 
-    def tokens_a(self, rows: Value, dim: int, tokens: Scalar, spare: Value) -> Matrix:
-        pairs = self.tokens_b(rows, dim, tokens, spare)
-        width = padded(dim, self.lanes)
-        if not self.tiled:
-            return Matrix(pairs.pointer, 4, 4 * width)
-        # A tile reads words of the contracted axis side by side.
-        assert isinstance(pairs.row_stride, int)
-        words = tiles.MOST_KEYS // 2
-        turned = self.b.at(spare, words * 4 * width)
-        groups = self.token_words(tokens) / self.lanes  # type: ignore[operator]
-        layout.transpose(self.b, spare, 4 * width, turned, 4 * words, groups, width, FLOAT, self.lanes)
-        return Matrix(turned, 4 * words, 4)
+    def make_tokens_a(self, rows: Value, dim: int, tokens: Scalar, words: Value) -> None:
+        self.tokens_b(rows, dim, tokens, words)
+        if self.tiled:
+            # A tile reads words of the contracted axis side by side.
+            groups = self.token_words(tokens) / self.lanes  # type: ignore[operator]
+            width, stride = padded(dim, self.lanes), 2 * tiles.MOST_KEYS
+            turned = self._turned(words, dim)
+            layout.transpose(self.b, words, 4 * width, turned, stride, groups, width, FLOAT, self.lanes)
+
+    def tokens_a(self, rows: Value, dim: int, words: Value) -> Matrix:
+        if self.tiled:
+            return Matrix(self._turned(words, dim), 2 * tiles.MOST_KEYS, 4)
+        return Matrix(words, 4, 4 * padded(dim, self.lanes))
+
+    def _turned(self, words: Value, dim: int) -> Value:
+        return self.b.at(words, tiles.MOST_KEYS // 2 * 4 * padded(dim, self.lanes))
 
     def tokens_b(self, rows: Value, dim: int, tokens: Scalar, spare: Value) -> Matrix:
         """Interleaves rows 2t and 2t + 1 into words."""

@@ -26,7 +26,9 @@ import math
 
 from anyflash.kernels.llvm import layout, philox, tiles, vmath
 from anyflash.kernels.llvm.frame import Frame, Sequence
+from anyflash.kernels.llvm.gemm import Matrix
 from anyflash.kernels.llvm.ir import I32, I64, Builder, Scalar, Value, Var
+from anyflash.kernels.llvm.keys import Keys
 from anyflash.kernels.llvm.spec import Spec
 from anyflash.kernels.llvm.staging import Staging
 from anyflash.kernels.llvm.target import Target
@@ -34,8 +36,8 @@ from anyflash.kernels.llvm.target import Target
 NAME = "forward"
 
 
-def emit_forward(spec: Spec, target: Target) -> tuple[str, int]:
-    """The function's IR and the bytes of scratch a thread needs."""
+def emit_forward(spec: Spec, target: Target) -> tuple[str, int, int]:
+    """The function's IR, and the bytes of scratch that a thread needs: fixed, and for each block of keys."""
     b = Builder(NAME)
     kernel = _Forward(b, spec, target)
     if spec.dot == "tiles":
@@ -44,26 +46,27 @@ def emit_forward(spec: Spec, target: Target) -> tuple[str, int]:
         kernel.task(b.atomic_increment(kernel.pointer("counter")), done)
     if spec.dot == "tiles":
         tiles.release(b, target)
-    return b.text(), kernel.scratch_bytes
+    return b.text(), kernel.scratch_bytes, kernel.keys.ahead_bytes()
 
 
 class _Forward(Frame):
     def __init__(self, b: Builder, spec: Spec, target: Target) -> None:
         super().__init__(b, spec, target)
         self.vectors = range(spec.query_vectors)
-        form, dim, dim_v, block_k = self.form, spec.head_dim, spec.head_dim_v, spec.block_k
+        form, dim, block_k = self.form, spec.head_dim, spec.block_k
         self.q_rows = self.scratch(self.block_q * max(form.row_bytes(dim), self.dim_v * self.size))
         self.q_t = self.scratch(form.depth(dim) * self.row)
         self.s = self.scratch(block_k * self.row)
         self.o_t = self.scratch(self.dim_v * self.row)
-        self.k_rows = self.scratch(block_k * form.row_bytes(dim))
-        self.v_rows = self.scratch(block_k * form.row_bytes(dim_v))
-        self.v_pairs = self.scratch(form.token_bytes(block_k, dim_v))
+        self.keys = Keys(self, frozenset("v"))
         self.per_row = self.scratch(4 * self.row)  # 1 / l, lse, pivot, log2 l
         self.staging = Staging(self, self.score, self.mask)
         self.m = [b.var(self.vector) for _ in self.vectors]
         self.l = [b.var(self.vector) for _ in self.vectors]
         self.best = [b.var(self.vector) for _ in self.vectors]
+
+        # What is made ahead lies behind everything of fixed size.
+        self.ahead = b.at(self._scratch, self.scratch_bytes)
 
     def task(self, number: Value, done: str) -> None:
         b, blocks = self.b, self.word("num_q_blocks")
@@ -77,6 +80,7 @@ class _Forward(Frame):
         with b.when(row < seq.q_len):
             rows = b.min(b.const(self.block_q, I64), seq.q_len - row)
             self.begin(seq, head, row, rows)
+            self.keys.prepare(seq, head / self.word("group"), 0, seq.k_len, self.ahead)
             with b.loop(0, seq.k_len, self.spec.block_k) as key:
                 keys = b.min(b.const(self.spec.block_k, I64), seq.k_len - key)
                 surely, possibly = self.tile_class(seq, head, row, rows, key, keys)
@@ -115,8 +119,8 @@ class _Forward(Frame):
         whole = self.whole_keys(keys)
         kv_head = head / self.word("group")
         partial = (surely ^ True) | b.compare("lt", keys, whole)
-        k = self.block_of_rows("k", seq, kv_head, key, keys, whole, self.k_rows)
-        v = self.block_of_rows("v", seq, kv_head, key, keys, whole, self.v_rows)
+        k, _ = self.keys.tile("k", seq, kv_head, 0, key, keys, whole)
+        v_rows, v = self.keys.tile("v", seq, kv_head, 0, key, keys, whole)
         self.staging.read(self.variables(seq, head, row, 0), row, rows, key, keys)
         for best, m in zip(self.best, self.m, strict=True):
             best.set(m.get())
@@ -146,7 +150,7 @@ class _Forward(Frame):
                 lambda: self.programs(seq, head, row, key, whole, masked=False),
             )
         rescale = self.softmax(seq, head, row, key, whole)
-        self.accumulate(v, whole, rescale, partial)
+        self.accumulate(v_rows, v, whole, rescale, partial)
 
     def score_at(self, j: Scalar, vector: int) -> Value:
         return self.b.at(self.b.at(self.s, j * self.row), vector * self.step)
@@ -210,11 +214,12 @@ class _Forward(Frame):
             self.l[v].set(b.fma(self.l[v].get(), rescale[v], sums[v].get()))
         return rescale
 
-    def accumulate(self, v_rows: Value, whole: Value, rescale: list[Value], partial: Value) -> None:
+    def accumulate(
+        self, v_rows: Value, v: Matrix, whole: Value, rescale: list[Value], partial: Value
+    ) -> None:
         """O = rescale * O + V^T P."""
         b = self.b
         form, dim_v = self.form, self.spec.head_dim_v
-        v = form.tokens_a(v_rows, dim_v, whole, self.v_pairs)
         p, depth = form.keys_b(self.s), form.token_words(whole)
 
         def place(d: Scalar, vector: int) -> Value:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from anyflash.kernels.llvm import layout, philox, vmath
+from anyflash.kernels.llvm import philox, vmath
 from anyflash.kernels.llvm.bounds import Instructions
 from anyflash.kernels.llvm.emit import Emitter, TableAccess
 from anyflash.kernels.llvm.form import Form, PairForm
@@ -119,31 +119,6 @@ class Frame:
         """Address of one row's number in lse, stats or dlse."""
         offset = batch * self.word(f"{array}_batch") + head * self.word(f"{array}_head")
         return self.b.at(self.pointer(array), offset + token * self.word(f"{array}_token"))
-
-    def block_of_rows(
-        self, array: str, seq: Sequence, head: Value, first: Value, valid: Value, whole: Value, spare: Value
-    ) -> Value:
-        """Rows `first` .. of k or v as scratch rows: in place where they already look so, else packed into
-        `spare`.
-
-        `whole` rows are readable afterwards, those from `valid` on being zero.
-        """
-        b, form = self.b, self.form
-        source = self.rows(array, seq.batch, seq.k_start + first, head)
-        stride = form.row_bytes(source.columns)
-
-        def pack() -> None:
-            layout.pack_rows(b, source, spare, stride, valid, whole, form.row_element, form.row_lanes)
-
-        if not source.dense or not form.same_memory(self.spec.dtype, source.columns):
-            pack()
-            return spare
-        place = b.var(PTR, source.pointer)
-        in_place = b.compare("eq", source.row_stride, stride) & b.compare("eq", valid, whole)
-        with b.when(in_place ^ True):
-            pack()
-            place.set(spare)
-        return place.get()
 
     def whole_keys(self, keys: Value) -> Value:
         """`keys` rounded up to what the products take."""

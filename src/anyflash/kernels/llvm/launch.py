@@ -27,15 +27,18 @@ from anyflash.semantics.operands import Operands
 from anyflash.semantics.problem import Problem
 from anyflash.semantics.rng import threshold
 
+SIZES = ("scratch_bytes", "block_bytes")
 _COUNTER_WORDS = 16  # the task counter has a cache line of its own behind the arguments
 
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled function and the scratch of fixed size that a thread needs."""
+    """A compiled function, the scratch of fixed size that a thread needs, and what it needs more for each
+    block of keys."""
 
     address: int
     scratch_bytes: int
+    block_bytes: int
 
 
 _codes: dict[tuple[Spec, Target], Code] = {}
@@ -45,19 +48,18 @@ def compiled(spec: Spec, target: Target) -> Code:
     """The kernel for `spec`: from this process, from disk, or compiled now."""
     found = _codes.get((spec, target))
     if found is None:
-        kernel = engine.compile_module(
-            lambda: emitted(spec, target), target, spec.key, [spec.part, "scratch_bytes"]
-        )
-        found = Code(kernel.addresses[spec.part], kernel.integer("scratch_bytes"))
+        kernel = engine.compile_module(lambda: emitted(spec, target), target, spec.key, [spec.part, *SIZES])
+        found = Code(kernel.addresses[spec.part], *(kernel.integer(size) for size in SIZES))
         _codes[spec, target] = found
     return found
 
 
 def emitted(spec: Spec, target: Target) -> str:
-    """The module's text. The scratch size is in it, so that a stored object needs no emitter."""
+    """The module's text. The scratch sizes are in it, so that a stored object needs no emitter."""
     emit = {"forward": emit_forward, "decode": emit_decode}.get(spec.part, emit_backward)
-    ir, scratch_bytes = emit(spec, target)
-    return f"{ir}\n@scratch_bytes = constant i64 {scratch_bytes}\n"
+    ir, *sizes = emit(spec, target)
+    constants = [f"@{name} = constant i64 {size}\n" for name, size in zip(SIZES, sizes, strict=True)]
+    return "\n".join([ir, *constants])
 
 
 class Launch:
@@ -78,7 +80,8 @@ class Launch:
             n for n in ARRAYS[part] if arrays[n].shape[-1] <= 1 or _inner(arrays[n]) == arrays[n].itemsize
         )
         codes = schedule.table_codes(problem, part in ("backward", "backward_dq"), tables, gradient_strides)
-        self.spec = schedule.make_spec(problem, part, target, dense, "dlse" in rows, codes)
+        ahead = schedule.made_ahead(problem, part, target, arrays["k"], arrays["v"])
+        self.spec = schedule.make_spec(problem, part, target, dense, "dlse" in rows, codes, ahead)
         self.code = compiled(self.spec, target)
         self.lanes = schedule.lanes(target, problem.dtype)
         self.block_q = self.spec.query_vectors * self.lanes
@@ -166,13 +169,19 @@ class Launch:
         if self.part == "decode":
             kept += self._split(values)
         with pool.lease(min(threads, num_tasks)) as team:
-            scratch = team.scratch(self.code.scratch_bytes + acc_keys * self.bytes_a_key)
+            scratch = team.scratch(self.scratch_bytes(acc_keys))
             places = (ctypes.c_int64 * len(scratch))(*scratch)
             values["scratch"] = ctypes.addressof(places)
             block = self.block.fill(values)
             counter = (ctypes.c_int64 * _COUNTER_WORDS)()
             block[self.block.index["counter"]] = ctypes.addressof(counter) + 8 * _COUNTER_WORDS // 2
             team.run(self.code.address, ctypes.addressof(block))
+
+    def scratch_bytes(self, acc_keys: int) -> int:
+        """What a thread needs where a task sums the gradients of `acc_keys` keys, 0 for none."""
+        keys = acc_keys if self.part == "backward_dkv" else self.problem.seqlen_k
+        blocks = -(-keys // self.spec.block_k)
+        return self.code.scratch_bytes + acc_keys * self.bytes_a_key + blocks * self.code.block_bytes
 
     def _split(self, values: dict[str, int]) -> list[object]:
         """Shared memory in which the splits of a decode meet."""

@@ -88,6 +88,39 @@ def decode_rows(problem: Problem) -> int:
     return next(n for n in (1, 2, 4, 8) if n >= rows)
 
 
+# What a thread may hold of K and V in the form of the products. Beyond, each tile makes its own.
+_MOST_AHEAD = 1 << 26
+
+
+def reads_in_place(problem: Problem, target: Target, view: View) -> bool:
+    """Whether rows of k or v lie in memory as packed rows do."""
+    columns, form = view.shape[-1], dot(target, problem.dtype)
+    if form == "number":
+        fits = problem.dtype in ("float32", "float64") and columns % lanes(target, problem.dtype) == 0
+    else:
+        fits = columns % (2 * lanes(target, problem.dtype)) == 0
+    return fits and view.strides[-1] == view.itemsize and view.strides[-3] == columns * view.itemsize
+
+
+def made_ahead(problem: Problem, part: Part, target: Target, k: View, v: View) -> frozenset[str]:
+    """The arrays among k and v whose blocks are made once a key head: those that cannot be read in place, or
+    are contracted over tokens in a form that interleaves them, if several query blocks of a head group read
+    them."""
+    blocks = problem.group * -(
+        -problem.seqlen_q // (query_vectors(target, problem) * lanes(target, problem.dtype))
+    )
+    a_key = 8 * (problem.head_dim + problem.head_dim_v)
+    if part == "decode" or blocks < 4 or a_key * problem.seqlen_k > _MOST_AHEAD:
+        return frozenset()
+    words = {"forward": "v", "backward_dkv": ""}.get(part, "k")
+    interleaved = dot(target, problem.dtype) != "number"
+    return frozenset(
+        name
+        for name, view in (("k", k), ("v", v))
+        if not reads_in_place(problem, target, view) or (interleaved and name == words)
+    )
+
+
 def splits(problem: Problem) -> int:
     """Splits of the longest sequence."""
     return max(1, -(-problem.seqlen_k // SPLIT_KEYS))
@@ -164,6 +197,7 @@ def make_spec(
     dense: frozenset[str],
     dlse: bool,
     codes: tuple[TableCode, ...],
+    ahead: frozenset[str],
 ) -> Spec:
     program = problem.program
     vectors = query_vectors(target, problem)
@@ -185,6 +219,7 @@ def make_spec(
         tile=decode_tile(target, decode_rows(problem)) if part == "decode" else tile(target),
         bounds_block=bounds_block(vectors * lanes(target, problem.dtype)),
         decode_rows=decode_rows(problem) if part == "decode" else 0,
+        ahead=ahead,
     )
 
 

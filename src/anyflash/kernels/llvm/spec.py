@@ -59,12 +59,13 @@ class Spec:
     tile: tuple[int, int]
     bounds_block: int
     decode_rows: int = 0
+    ahead: frozenset[str] = frozenset()
 
     @property
     def key(self) -> str:
         """All fields as text, in a fixed order."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        fields["dense"] = sorted(self.dense)
+        fields["dense"], fields["ahead"] = sorted(self.dense), sorted(self.ahead)
         return repr(fields)
 
 
