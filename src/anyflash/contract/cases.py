@@ -71,7 +71,9 @@ class Case:
         return self.dims[0] ** -0.5 if self.scale is None else self.scale
 
     def layout(self, i: int) -> Layout:
-        return self.layouts[i % len(self.layouts)]
+        """Of q, k, v or the results (0 to 3), in the axes that the array has."""
+        chosen = self.layouts[i % len(self.layouts)]
+        return chosen if self.packed is None else chosen.without_first_axis()
 
 
 def each_dtype(cases: Sequence[Case], dtypes: Sequence[str] = FLOATS) -> list[Case]:

@@ -108,7 +108,6 @@ class Memory:
 
     def _input(self, values: np.ndarray, i: int, dead: np.ndarray | None) -> Poisoned:
         layout = self.case.layout(i) if self.laid_out else CONTIGUOUS
-        layout = _for_axes(layout, values.ndim)
         if i == 3:
             layout = replace(layout, expand=())
         if dead is not None and not layout.expand:
@@ -118,7 +117,7 @@ class Memory:
 
     def _output(self, shape: tuple[int, ...], dtype: str, i: int) -> Poisoned:
         layout = self.case.layout(i) if self.laid_out else CONTIGUOUS
-        layout = replace(_for_axes(layout, len(shape)), expand=())
+        layout = replace(layout, expand=())
         return Poisoned(shape, dtype, layout, output=True)
 
     def _owner_of(self, array: np.ndarray) -> str:
@@ -168,19 +167,6 @@ class Memory:
         """What was written where it should not be, or not written where it should."""
         everything = {"dout": self.dout, "dlse": self.dlse, **self.inputs, **self.results, **self.grads}
         return [f"{name}: {said}" for name, made in everything.items() if (said := made.damage())]
-
-
-def _for_axes(layout: Layout, ndim: int) -> Layout:
-    """A layout written for (batch, tokens, heads, dim), for packed (tokens, heads, dim) as well."""
-    if ndim == 4:
-        return layout
-    drop = lambda axes: tuple(a - 1 for a in axes if a)
-    return replace(
-        layout,
-        order=None if layout.order is None else drop(layout.order),
-        reverse=drop(layout.reverse),
-        expand=drop(layout.expand),
-    )
 
 
 def _both_masks(first: object, second: object) -> object:

@@ -8,7 +8,7 @@ its payload was never written, and a byte outside an array that changed was writ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -57,6 +57,12 @@ class Layout:
     expand: tuple[int, ...] = ()
     junk: bool = False
     shift: int = 0
+
+    def without_first_axis(self) -> Layout:
+        """The same for an array that lacks the first axis."""
+        drop = lambda axes: tuple(a - 1 for a in axes if a)  # noqa: E731
+        order = None if self.order is None else drop(self.order)
+        return replace(self, order=order, reverse=drop(self.reverse), expand=drop(self.expand))
 
 
 CONTIGUOUS = Layout()
