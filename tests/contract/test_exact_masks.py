@@ -57,7 +57,9 @@ def failures(complaints):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_window_and_prefix_forward(backend):
     cells = sample(backend, CELLS)
-    wrong = [said for i in range(0, len(cells), CHUNK) for said in check(backend, cells[i : i + CHUNK], by_tables)]
+    wrong = [
+        said for i in range(0, len(cells), CHUNK) for said in check(backend, cells[i : i + CHUNK], by_tables)
+    ]
     assert not wrong, failures(wrong)
 
 

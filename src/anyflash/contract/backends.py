@@ -1,10 +1,31 @@
-"""Which backends the contract runs on."""
+"""What the contract knows about backends beside their common interface."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from anyflash.backends.registry import entries
+
+WITHIN_BOUNDS = frozenset({"reference"})
+"""Backends that need not give the same bits in any layout: numpy's matrix product depends on strides."""
 
 
 def present() -> list[str]:
     """Names of the backends that work on this machine, the preferred first."""
     return [name for name, entry in entries().items() if entry.reason is None]
+
+
+@contextmanager
+def poisoned_scratch(backend: str) -> Iterator[None]:
+    """While it lasts, the backend's working memory is NaN before each use, where the backend offers that."""
+    if backend != "cpu":
+        yield
+        return
+    from anyflash.kernels.llvm import scratch
+
+    scratch.poison(True)
+    try:
+        yield
+    finally:
+        scratch.poison(False)

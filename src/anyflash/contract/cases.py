@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import Literal
 
 from anyflash.contract.poison import CONTIGUOUS, Layout
@@ -57,6 +57,16 @@ class Case:
     table_dtype: str | None = None
     table_layout: Layout = CONTIGUOUS
     data_seed: int = 0
+
+    def __str__(self) -> str:
+        """What is not as in a plain case."""
+        said = (
+            f"{field.name}={getattr(self, field.name)!r}" for field in fields(self) if self.differs(field)
+        )
+        return f"Case({', '.join(said)})"
+
+    def differs(self, field: Field[object]) -> bool:
+        return getattr(self, field.name) != field.default
 
     @property
     def sizes(self) -> Sizes:

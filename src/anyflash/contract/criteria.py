@@ -1,9 +1,10 @@
 """How far a result may be from the truth. No number here depends on a measurement made by hand.
 
 The bound is FACTOR times the error of plain attention in the same dtype, the worst of several orders of its
-sums, plus a floor: one unit in the last place of the result, or of 0.3 where that is greater. It holds for
-the greatest error and for the root mean square. Where the truth is NaN or infinite the result must be the
-same.
+sums, plus a floor: one unit in the last place of the result, where a result smaller than the outputs of
+attention commonly are counts as one of that size, and lse as at least 1, since the sum under its logarithm is
+at least 1 and rounded. It holds for the greatest error and for the root mean square. Where the truth is NaN
+or infinite the result must be the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
-_SHIFT = 0.3
+OUTPUT_SIZE = 0.3
+LSE_SIZE = 1.0
 
 Norm = Callable[[np.ndarray], float]
 
@@ -30,9 +32,14 @@ class Verdict:
 
 
 def judge(
-    name: str, got: np.ndarray, truth: np.ndarray, plains: Sequence[np.ndarray], factor: float
+    name: str,
+    got: np.ndarray,
+    truth: np.ndarray,
+    plains: Sequence[np.ndarray],
+    factor: float,
+    least: float = OUTPUT_SIZE,
 ) -> Verdict:
-    """`got` in its own dtype; `truth` and `plains` in wider ones."""
+    """`got` in its own dtype; `truth` and `plains` in wider ones. `least` as in the module's docstring."""
     if got.shape != truth.shape:
         return Verdict(name, np.inf, f"{name}: shape {got.shape}, expected {truth.shape}")
     if not got.size:
@@ -51,10 +58,10 @@ def judge(
             )
         finite = np.isfinite(rounded)
         error = np.where(finite, np.abs(wide - truth), 0).astype(np.float64)
-        allowed_max = factor * _worst(plains, truth, finite, _greatest) + _floor(
-            truth, got.dtype, finite, _greatest
+        allowed_max, allowed_rms = (
+            factor * _worst(plains, truth, finite, norm) + _floor(truth, got.dtype, finite, least, norm)
+            for norm in (_greatest, _rms)
         )
-        allowed_rms = factor * _worst(plains, truth, finite, _rms) + _floor(truth, got.dtype, finite, _rms)
     greatest, typical = float(error.max()), float(_rms(error))
     ratio = max(_over(greatest, allowed_max), _over(typical, allowed_rms))
     if ratio <= 1:
@@ -91,9 +98,9 @@ def _worst(plains: Sequence[np.ndarray], truth: np.ndarray, finite: np.ndarray, 
     return worst
 
 
-def _floor(truth: np.ndarray, dtype: np.dtype, finite: np.ndarray, norm: Norm) -> float:
-    """One unit in the last place of the results, for values not below the size of attention's outputs."""
-    size = np.where(finite, np.abs(truth) + _SHIFT, _SHIFT)
+def _floor(truth: np.ndarray, dtype: np.dtype, finite: np.ndarray, least: float, norm: Norm) -> float:
+    """One unit in the last place of the results."""
+    size = np.where(finite, np.abs(truth) + least, least)
     return norm(np.spacing(size.astype(dtype)).astype(np.float64))
 
 

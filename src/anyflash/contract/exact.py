@@ -4,8 +4,8 @@ With q = 0 every allowed key weighs 1 / count. If v is one-hot, column j of `out
 allowed and 0 elsewhere: what is not zero is the mask, and out * count are integers. The backward shows its
 masks in the same way: dv where dout is one-hot, dq where k is, dk where q is (and then k = 0).
 
-Thousands of cells (queries, keys, left, right, prefix) go into one packed call; their bounds come from tables,
-so that they share one kernel:
+Thousands of cells (queries, keys, left, right, prefix) go into one packed call; their bounds come from
+tables, so that they share one kernel:
 
     allowed = (q - left <= k <= q + right) or k < prefix
 """

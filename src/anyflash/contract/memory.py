@@ -15,10 +15,10 @@ from anyflash.contract.values import Values, cumulative
 from anyflash.core.dtypes import accumulate, kind
 from anyflash.core.view import View
 from anyflash.semantics.describe import describe, describe_program
-from anyflash.semantics.operands import Gradients, Results, Saved
+from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
 
-Alter = Callable[[Problem], Problem]
+Alter = Callable[[Problem, Operands], tuple[Problem, Operands]]
 
 
 class Memory:
@@ -30,7 +30,7 @@ class Memory:
     ) -> None:
         """With `truth`, rows that must not matter hold NaN and the layouts are those of the case.
 
-        `alter` replaces the problem: it is how the suite is tested itself.
+        `alter` replaces the described call: it is how the suite is tested itself.
         """
         self.case = case
         self.laid_out = truth is not None
@@ -104,7 +104,7 @@ class Memory:
             **packed,
         )
         if alter is not None:
-            self.problem = alter(self.problem)
+            self.problem, self.operands = alter(self.problem, self.operands)
 
     def _input(self, values: np.ndarray, i: int, dead: np.ndarray | None) -> Poisoned:
         layout = self.case.layout(i) if self.laid_out else CONTIGUOUS

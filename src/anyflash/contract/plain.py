@@ -111,7 +111,7 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
     if a.odd:
         p = np.where(allowed, a.exp(s - pivot[..., None] - logsum[..., None]), a.work.type(0))
     p = a(p)
-    lse = np.where(total == 0, a.work.type(-np.inf), pivot + logsum)
+    lse = np.where(total == 0, a.work.type(-np.inf), _lse(pivot, safe, a))
 
     keep = np.ones(place.shape, bool)
     if formula.dropout_p:
@@ -154,6 +154,13 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
         share = np.where(sinks == -np.inf, zero, a.exp(sinks - pivot) / safe)
         answer.sinks = a.sum(a(-(share * rest)), (1,))
     return answer
+
+
+def _lse(pivot: np.ndarray, total: np.ndarray, a: Arithmetic) -> np.ndarray:
+    """pivot + log(total), by way of base 2 for the odd orders."""
+    if not a.odd:
+        return pivot + np.log(total)
+    return (pivot * a.work.type(np.log2(np.e)) + np.log2(total)) * a.work.type(np.log(2))
 
 
 def _over_group(grad: np.ndarray, group: int, a: Arithmetic) -> np.ndarray:

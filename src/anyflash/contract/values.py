@@ -10,7 +10,7 @@ import numpy as np
 
 from anyflash.contract.cases import Case, Packed
 from anyflash.contract.plain import OneSequence
-from anyflash.contract.poison import numpy_dtype
+from anyflash.contract.poison import CONTIGUOUS, Layout, numpy_dtype
 from anyflash.core.dtypes import accumulate
 
 _LARGE = {"float16": 200.0, "bfloat16": 133120.0, "float32": 133120.0, "float64": 133120.0}
@@ -99,9 +99,9 @@ def draw(case: Case) -> Values:
     floats = numpy_dtype(case.table_dtype or case.dtype)
     stream = lambda name: np.random.default_rng([case.data_seed, zlib.crc32(name.encode())])
 
-    def rounded(name: str, shape: tuple[int, ...], i: int) -> np.ndarray:
+    def rounded(name: str, shape: tuple[int, ...], layout: Layout = CONTIGUOUS) -> np.ndarray:
         array = _numbers(case, name, shape, stream(name)).astype(kind)
-        for axis in case.layout(i).expand:
+        for axis in layout.expand:
             array = np.repeat(array.take([0], axis), shape[axis], axis) if shape[axis] else array
         return array
 
@@ -115,10 +115,10 @@ def draw(case: Case) -> Values:
         shift = {"randn": 0.0, "large": 30.0, "none": -np.inf}[case.sinks]
         sinks = (stream("sinks").standard_normal(heads_q) + shift).astype(floats)
     return Values(
-        rounded("q", (*rows_q, heads_q, dim), 0),
-        rounded("k", (*rows_k, heads_k, dim), 1),
-        rounded("v", (*rows_k, heads_k, dim_v), 2),
-        rounded("dout", (*rows_q, heads_q, dim_v), 0),
+        rounded("q", (*rows_q, heads_q, dim), case.layout(0)),
+        rounded("k", (*rows_k, heads_k, dim), case.layout(1)),
+        rounded("v", (*rows_k, heads_k, dim_v), case.layout(2)),
+        rounded("dout", (*rows_q, heads_q, dim_v)),
         stream("dlse").standard_normal(lse_shape(case)).astype(statistic),
         tables,
         sinks,
@@ -126,7 +126,7 @@ def draw(case: Case) -> Values:
 
 
 def _numbers(case: Case, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    if case.data == "constant" and name != "dout":
+    if case.data == "constant" and name in ("k", "v"):
         return np.full(shape, 0.5)
     if case.data == "integers":
         return rng.integers(-2, 3, shape) * (rng.random(shape) < 0.2).astype(np.float64)
