@@ -41,8 +41,8 @@ def command(
 ) -> None:
     """Run the contract: every case of the table, and generated ones, on the backends of this machine.
 
-    Each runs forward and backward in clean memory, where results are judged by the error of plain attention in
-    the same dtype, and twice in poisoned memory, where they must be the same bits. Exits with status 1 if
+    Each runs forward and backward in clean memory, where results are judged by the error of plain attention
+    in the same dtype, and twice in poisoned memory, where they must be the same bits. Exits with status 1 if
     anything fails, and prints how to repeat it.
     """
     names = _backends(backend)

@@ -63,7 +63,7 @@ def prepare(
         sinks=sinks,
         **keywords,
     )
-    look = lambda array: None if array is None else view_of(array)  # noqa: E731
+    look = lambda array: None if array is None else view_of(array)
     return describe(
         made.program,
         view_of(q),

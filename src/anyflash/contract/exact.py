@@ -157,7 +157,7 @@ def _call(
     dout: np.ndarray | None = None,
     dlse: np.ndarray | None = None,
 ) -> Outcome:
-    starts = lambda lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)  # noqa: E731
+    starts = lambda lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return attend(
         backend, q, k, v, dout=dout, dlse=dlse, scale=1.0,
         cu_seqlens_q=starts(cells.q_len), cu_seqlens_k=starts(cells.k_len), **keywords(cells),
@@ -206,7 +206,7 @@ def _compare_transposed(cells: Cells, name: str, grad: np.ndarray) -> list[str]:
 
 
 def _names(cells: Cells, wrong: np.ndarray) -> list[str]:
-    bound = lambda x: None if x == UNBOUNDED else int(x)  # noqa: E731
+    bound = lambda x: None if x == UNBOUNDED else int(x)
     return [
         f"{cells.q_len[i]} queries, {cells.k_len[i]} keys, window ({bound(cells.left[i])}, "
         f"{bound(cells.right[i])}), prefix {cells.prefix[i]}: not the keys that the mask allows"

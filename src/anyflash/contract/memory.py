@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from anyflash.contract.cases import Case
-from anyflash.contract.poison import CONTIGUOUS, Layout, Poisoned
+from anyflash.contract.poison import CONTIGUOUS, Poisoned
 from anyflash.contract.truth import Truth, seed
 from anyflash.contract.values import Values, cumulative
 from anyflash.core.dtypes import accumulate, kind

@@ -60,7 +60,7 @@ class Layout:
 
     def without_first_axis(self) -> Layout:
         """The same for an array that lacks the first axis."""
-        drop = lambda axes: tuple(a - 1 for a in axes if a)  # noqa: E731
+        drop = lambda axes: tuple(a - 1 for a in axes if a)
         order = None if self.order is None else drop(self.order)
         return replace(self, order=order, reverse=drop(self.reverse), expand=drop(self.expand))
 
