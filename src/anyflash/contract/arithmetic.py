@@ -31,7 +31,15 @@ class Arithmetic:
     order: int = 0
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        return x if self.rounds_to is None else x.astype(self.rounds_to).astype(self.work)
+        """x rounded. What leaves the range of float16 keeps its precision: it is the rounding that is wanted."""
+        if self.rounds_to is None:
+            return x
+        rounded = x.astype(self.rounds_to).astype(self.work)
+        beyond = np.isinf(rounded) & np.isfinite(x)
+        if not beyond.any():
+            return rounded
+        shift = self.work.type(2.0**16)
+        return np.where(beyond, (x / shift).astype(self.rounds_to).astype(self.work) * shift, rounded)
 
     @property
     def odd(self) -> bool:

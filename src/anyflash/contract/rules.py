@@ -136,6 +136,8 @@ def _reach(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nd
 
 
 def _clamped(table: np.ndarray, index: np.ndarray) -> np.ndarray:
+    if not table.shape[-1]:
+        return np.zeros(index.shape, table.dtype)
     return table[..., np.clip(index, 0, table.shape[-1] - 1)]
 
 
