@@ -31,7 +31,8 @@ class Arithmetic:
     order: int = 0
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """x rounded. What leaves the range of float16 keeps its precision: it is the rounding that is wanted."""
+        """x rounded. What leaves the range of float16 keeps its precision: it is the rounding that is
+        wanted."""
         if self.rounds_to is None:
             return x
         rounded = x.astype(self.rounds_to).astype(self.work)
