@@ -214,6 +214,15 @@ def test_memory_of_a_mask() -> None:
     assert mask.shape == (1, 1, 2**20, 2**20)
 
 
+def test_formula_of_another_shape() -> None:
+    """A layer with fewer keys than its mask was made for cuts the matrix, and positions stay where they
+    were."""
+    q, k, v = arrays(4, 6)
+    mask = mask_for_transformers(batch_size=2, q_length=4, kv_length=9, q_offset=5)
+    out, _ = attention_for_transformers(MODULE, q, k, v, mask)
+    close(out, plain([q, k, v], below(4, 6, 5)))
+
+
 def test_padding_is_skipped() -> None:
     """Keys that are padding throughout a tile cost nothing: two of 4096 keys take far less than all."""
     q, k, v = (torch.randn(1, 2, n, 32) for n in (256, 4096, 4096))

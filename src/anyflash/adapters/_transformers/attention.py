@@ -86,7 +86,7 @@ def attention_for_transformers(
         position_bias = None if position_bias is None else position_bias[..., :written]
     if indices is not None:
         attention_mask = _only(indices, attention_mask, k.shape[1])
-    mask, biases = _mask(attention_mask, k.shape[1])
+    mask, biases = _mask(attention_mask, q, k)
     biases = biases if position_bias is None else [position_bias, *biases]
     out = api.attention(q, k, v, causal=is_causal, mask=mask, bias=biases or None, **score)
     return out.contiguous(), None
@@ -99,14 +99,19 @@ def _window(sliding_window: int | None, causal: bool) -> tuple[int, int | None] 
     return (sliding_window - 1, None if causal else sliding_window - 1)
 
 
-def _mask(attention_mask: torch.Tensor | None, keys: int) -> tuple[Any, list[torch.Tensor]]:
-    """A mask for `anyflash.attention`, and additive masks. A matrix longer than the keys is cut."""
+def _mask(
+    attention_mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
+) -> tuple[Any, list[torch.Tensor]]:
+    """A mask for `anyflash.attention`, and additive masks. A matrix longer than the keys is cut; a formula
+    counts positions in the shape it was made for, so for any other it is taken as a matrix too."""
     if attention_mask is None:
         return None, []
-    if isinstance(attention_mask, FormulaMask) and attention_mask.shape[-1] == keys:
-        formula = attention_mask.formula
-        return (lambda at: formula), []
-    matrix = attention_mask[..., :keys]
+    if isinstance(attention_mask, FormulaMask):
+        if attention_mask.shape == (q.shape[0], 1, q.shape[1], k.shape[1]):
+            formula = attention_mask.formula
+            return (lambda at: formula), []
+        attention_mask = attention_mask.build()
+    matrix = attention_mask[..., : k.shape[1]]
     return (matrix, []) if matrix.dtype == torch.bool else (None, [matrix])
 
 

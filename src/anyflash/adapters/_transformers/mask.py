@@ -9,7 +9,7 @@ difference.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class FormulaMask(torch.Tensor):
     """A boolean mask (batch, 1, q, k), True = attend, known by its formula.
 
     formula   a bool `Expr`; its tables hold what the pattern looks up
-    build     the matrix itself
+    build     the matrix itself, made once if at all
     """
 
     formula: Expr
@@ -125,7 +125,7 @@ def mask_for_transformers(
         device=device,
         **kwargs,
     )
-    whole = partial(matrix, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    whole = cache(partial(matrix, allow_is_causal_skip=False, allow_is_bidirectional_skip=False))
     if q_length == 1 or _traced(attention_mask, q_offset):
         return matrix(
             allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip
