@@ -248,8 +248,7 @@ class _Forward(Frame):
                 inverse = inverse * self.number("keep_scale")
             pivot = b.select(b.compare("eq", m, -math.inf), b.const(0.0, self.vector), m)
             log2_l = vmath.log2(b, l)
-            total = (pivot + log2_l) * vmath.LN_2 if self.plain else b.fma(log2_l, vmath.LN_2, pivot)
-            lse = b.select(none, b.const(-math.inf, self.vector), total)
+            lse = b.select(none, b.const(-math.inf, self.vector), self.lse(pivot, log2_l))
             log2_l = b.select(none, b.const(math.inf, self.vector), log2_l)
             for i, value in enumerate((inverse, lse, pivot, log2_l)):
                 b.store(value, b.at(self.per_row, i * self.row + v * self.step), self.size)

@@ -265,6 +265,10 @@ class Frame:
     def not_finite(self, rows: Value, size: Scalar) -> Value:
         return self.form.finite(rows, size) ^ True
 
+    def lse(self, m: Value, log2_l: Value) -> Value:
+        """Of a row, from its maximum in the unit of scores."""
+        return (m + log2_l) * vmath.LN_2 if self.plain else self.b.fma(log2_l, vmath.LN_2, m)
+
     def exp(self, x: Value, log2_l: Value | None = None) -> Value:
         """exp(x) of softmax for `x` in the unit of scores, divided by l.
 
