@@ -215,7 +215,8 @@ def make_spec(
         dense=dense,
         query_vectors=vectors,
         block_k=BLOCK_K,
-        dot="number" if part == "decode" else dot(target, problem.dtype),
+        # A backward forms its scores as its forward did, or exp(score - maximum) would be another's.
+        dot="number" if decode_rows(problem) else dot(target, problem.dtype),
         tile=decode_tile(target, decode_rows(problem)) if part == "decode" else tile(target),
         bounds_block=bounds_block(vectors * lanes(target, problem.dtype)),
         decode_rows=decode_rows(problem) if part == "decode" else 0,
