@@ -11,7 +11,7 @@ import anyflash as af
 from anyflash.core.errors import InvalidCall
 from anyflash.semantics import lse, mask
 from anyflash.semantics.expr import At
-from anyflash.semantics.mask import Mask, as_mask, causal, dense, documents, prefix, window
+from anyflash.semantics.mask import Mask, as_mask, causal, dense, documents, prefix, tree, window
 from anyflash.semantics.text import bind
 
 BATCH, HEADS = 2, 3
@@ -31,6 +31,8 @@ def plain(name, n_q, n_k):
     full = R.random((BATCH, 1, n_q, n_k)) < 0.5
     keys = R.random((BATCH, 1, 1, n_k)) < 0.5
     heads = np.array([True, False, True])
+    nodes = R.random((BATCH, n_q, n_q)) < 0.5
+    rows, columns = np.arange(n_q)[:, None], np.clip(k - (n_k - n_q), 0, None)
     same = np.arange(n_k) // 2 - 1
     spans = same[np.clip(q, 0, None)]
     cases = {
@@ -51,6 +53,8 @@ def plain(name, n_q, n_k):
         "dense keys": (dense(keys), keys),
         "dense heads": (dense(heads[:, None, None]), heads[:, None, None]),
         "dense number": (dense(np.array(True)), np.array(True)),
+        "tree": (tree(nodes[0]), (k < n_k - n_q) | nodes[0][rows, columns]),
+        "tree each": (tree(nodes), ((k < n_k - n_q) | nodes[:, rows, columns])[:, None]),
         "function": (Mask(lambda at: (at.q + at.k) % 2 == 0), (q + k) % 2 == 0),
         "constant": (Mask(lambda at: False), np.array(False)),
     }

@@ -26,7 +26,7 @@ from anyflash.semantics.evaluate import evaluate
 from anyflash.semantics.expr import At, Expr, Kind, Table, const, var
 from anyflash.semantics.text import bind
 
-__all__ = ["Mask", "as_mask", "causal", "dense", "documents", "prefix", "window"]
+__all__ = ["Mask", "as_mask", "causal", "dense", "documents", "prefix", "tree", "window"]
 
 Build = Callable[[At], Expr]
 _AXES = ("batch", "head", "row", "k")
@@ -245,6 +245,34 @@ def documents(ids_q: Any, ids_k: Any = None) -> Mask:
 
     text = f"documents({keys})" if ids_k is None else f"documents({queries}, {keys})"
     return Mask(build, text, needs)
+
+
+def tree(ancestors: Any) -> Mask:
+    """Speculated tokens that form a tree: the queries are its nodes, and so are the last keys of the call.
+
+    `ancestors` is boolean, (queries, queries) or (batch, queries, queries): true where node [row] follows
+    from node [column], itself included. Every key before the tree is seen by all nodes.
+
+    >>> import numpy as np
+    >>> two_branches = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+    >>> print(tree(two_branches).draw(3, 5))
+    1 1 1 0 0
+    1 1 1 1 0
+    1 1 1 0 1
+
+    Raises InvalidCall if it is not boolean or has another rank.
+    """
+    ranks = (("row", "row"), ("batch", "row", "row"))
+    array = _array("tree", ancestors, "bool", ranks)
+
+    def build(at: At) -> Expr:
+        first = at.k_len - at.q_len
+        index = [at.row, at.k - first]
+        place = [at.batch] if "batch" in array.axes else []
+        place += [i for i, extent in zip(index, array.needs.shape[-2:], strict=True) if extent != 1]
+        return (at.k < first) | array.table[tuple(place)]
+
+    return Mask(build, f"tree({array})", (array.needs,))
 
 
 def dense(array: Any) -> Mask:
