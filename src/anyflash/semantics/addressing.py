@@ -77,7 +77,7 @@ class Varlen:
 
 
 Lengths = tuple[Varlen, View, View, View | None]
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
 _MAX_KEPT, _MAX_KEPT_SIZE = 256, 4097
 _read: dict[tuple[Any, ...], Lengths] = {}
 
@@ -95,9 +95,9 @@ def read_lengths(
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise InvalidCall(missing, "None", "(sequences + 1,) cumulative lengths of the packed rows")
     key = (
-        _bytes("cu_seqlens_q", cu_seqlens_q),
-        _bytes("cu_seqlens_k", cu_seqlens_k),
-        None if seqused_k is None else _bytes("seqused_k", seqused_k),
+        read_bytes("cu_seqlens_q", cu_seqlens_q),
+        read_bytes("cu_seqlens_k", cu_seqlens_k),
+        None if seqused_k is None else read_bytes("seqused_k", seqused_k),
         total_q,
         total_k,
     )
@@ -111,21 +111,27 @@ def read_lengths(
     return found
 
 
-def _bytes(argument: str, view: View) -> tuple[str, tuple[int, ...], bytes]:
+def read_bytes(argument: str, view: View) -> tuple[str, tuple[int, ...], bytes]:
+    """What an array of integers holds, as part of a key. Raises InvalidCall if it holds none or lies on a
+    device."""
+    check_integers(argument, view)
+    return view.dtype, view.shape, as_numpy(view).tobytes()
+
+
+def check_integers(argument: str, view: View) -> None:
     if view.dtype not in ("int32", "int64"):
         raise InvalidCall(argument, f"dtype {view.dtype}, shape {view.shape}", "int32 or int64")
     if view.ptr is None or view.device.kind != "cpu":
         raise InvalidCall(
             argument, f"on device {view.device}", "host memory: lengths are read before the call runs"
         )
-    return view.dtype, view.shape, as_numpy(view).tobytes()
 
 
 def _read_lengths(
     cu_seqlens_q: View, cu_seqlens_k: View, seqused_k: View | None, total_q: int, total_k: int
 ) -> Lengths:
-    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, total_q, "q")
-    starts_k = _starts("cu_seqlens_k", cu_seqlens_k, total_k, "k")
+    starts_q = read_starts("cu_seqlens_q", cu_seqlens_q, total_q, "q")
+    starts_k = read_starts("cu_seqlens_k", cu_seqlens_k, total_k, "k")
     batch = len(starts_q) - 1
     if len(starts_k) != batch + 1:
         raise InvalidCall(
@@ -139,7 +145,7 @@ def _read_lengths(
     used = None
     if seqused_k is not None:
         k_lens = _used(seqused_k, k_lens)
-        used = _view(k_lens)
+        used = view_of(k_lens)
     ends = k_lens[q_lens > 0]
     firsts = ends - q_lens[q_lens > 0]
     said = Varlen(
@@ -150,10 +156,11 @@ def _read_lengths(
         (int(q_lens.min(initial=longest_q)), longest_q),
         (int(k_lens.min(initial=longest_k)), int(k_lens.max(initial=0))),
     )
-    return said, _view(starts_q), _view(starts_k), used
+    return said, view_of(starts_q), view_of(starts_k), used
 
 
-def _starts(argument: str, view: View, total: int, packed: str) -> NDArray[np.int32]:
+def read_starts(argument: str, view: View, total: int, packed: str) -> NDArray[np.int32]:
+    """Cumulative lengths of the rows of `packed`, checked."""
     if view.ndim != 1 or view.shape[0] < 1:
         raise InvalidCall(
             argument, f"shape {view.shape}", "(sequences + 1,)", "It starts with 0 and ends with the total"
@@ -176,8 +183,8 @@ def _starts(argument: str, view: View, total: int, packed: str) -> NDArray[np.in
             f"ends with {starts[-1]}",
             f"at most {total}, the number of rows of {packed}",
         )
-    if starts[-1] > _INT32_MAX:
-        raise InvalidCall(argument, f"ends with {starts[-1]}", f"at most {_INT32_MAX}")
+    if starts[-1] > INT32_MAX:
+        raise InvalidCall(argument, f"ends with {starts[-1]}", f"at most {INT32_MAX}")
     return starts.astype(np.int32)
 
 
@@ -196,7 +203,8 @@ def _used(view: View, k_lens: NDArray[np.int32]) -> NDArray[np.int32]:
     return used.astype(np.int32)
 
 
-def _view(array: NDArray[np.int32]) -> View:
+def view_of(array: NDArray[np.int32]) -> View:
+    """A view of a contiguous array."""
     return View(
         array.ctypes.data, array.shape, contiguous_strides(array.shape, 4), "int32", CPU, False, array
     )

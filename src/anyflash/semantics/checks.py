@@ -39,6 +39,11 @@ def check_rank(argument: str, shape: Sequence[int], layout: str) -> None:
         )
 
 
+def pages_layout(layout: str) -> str:
+    """The layout of a cache beside q in `layout`."""
+    return "bshd" if layout == "thd" else layout
+
+
 def problem_of(
     program: Program,
     layout: str,
@@ -51,10 +56,15 @@ def problem_of(
     sinks: View | None,
     lengths: Varlen | None,
     seqused_k: bool,
+    paged: bool = False,
+    leftpad_k: bool = False,
 ) -> Problem:
-    """The Problem of views in the user's layout. Raises InvalidCall."""
-    for argument, view in (("q", q), ("k", k), ("v", v)):
-        check_rank(argument, view.shape, layout)
+    """The Problem of views in the user's layout. With `paged`, k and v are those of a cache, whose lengths
+    were read already. Raises InvalidCall."""
+    name_k, name_v = ("cache.k", "cache.v") if paged else ("k", "v")
+    layout_k = pages_layout(layout) if paged else layout
+    for argument, view in (("q", q), (name_k, k), (name_v, v)):
+        check_rank(argument, view.shape, layout if view is q else layout_k)
         if view.dtype not in FLOATS:
             hint = (
                 "Its bytes are in the other order: array.astype(name) turns them"
@@ -68,32 +78,37 @@ def problem_of(
             raise InvalidCall(
                 argument, f"dtype {view.dtype}", f"{q.dtype}, the dtype of q", "Cast the three to one dtype"
             )
-    q_shape, k_shape, v_shape = (to_canonical(layout, view.shape) for view in (q, k, v))
+    q_shape = to_canonical(layout, q.shape)
+    k_shape, v_shape = to_canonical(layout_k, k.shape), to_canonical(layout_k, v.shape)
     heads_q, heads_kv = q_shape[-2], k_shape[-2]
     head_dim, head_dim_v = q_shape[-1], v_shape[-1]
-    for argument, view, dim in (("q", q, head_dim), ("k", k, k_shape[-1]), ("v", v, head_dim_v)):
+    for argument, view, dim in (("q", q, head_dim), (name_k, k, k_shape[-1]), (name_v, v, head_dim_v)):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise InvalidCall(argument, f"head_dim {dim} in shape {view.shape}", f"1 to {MAX_HEAD_DIM}")
     if k_shape[-1] != head_dim:
         raise InvalidCall(
-            "k",
+            name_k,
             f"head_dim {k_shape[-1]} in shape {k.shape}",
             f"{head_dim}, the head_dim of q with shape {q.shape}",
         )
     if heads_q < 1 or heads_kv < 1 or heads_q % heads_kv:
         raise InvalidCall(
-            "k",
+            name_k,
             f"{heads_kv} heads in shape {k.shape}",
             f"a count that divides the {heads_q} heads of q with shape {q.shape}",
             f"Is the layout {layout!r}, axes ({', '.join(LAYOUTS[layout])})?",
         )
     if v_shape[-2] != heads_kv:
-        raise InvalidCall("v", f"{v_shape[-2]} heads in shape {v.shape}", f"{heads_kv}, the heads of k")
+        raise InvalidCall(name_v, f"{v_shape[-2]} heads in shape {v.shape}", f"{heads_kv}, the heads of k")
     if v_shape[-3] != k_shape[-3]:
         raise InvalidCall(
-            "v",
+            name_v,
             f"{v_shape[-3]} rows in shape {v.shape}",
             f"{k_shape[-3]}, the rows of k with shape {k.shape}",
+        )
+    if paged and v_shape[0] != k_shape[0]:
+        raise InvalidCall(
+            name_v, f"{v_shape[0]} in shape {v.shape}", f"{k_shape[0]}, as k with shape {k.shape}"
         )
     if lengths is None:
         batch, ranges = q_shape[0], Dense(q_shape[1], k_shape[1]).ranges
@@ -122,18 +137,22 @@ def problem_of(
         batch=batch,
         heads_q=heads_q,
         heads_kv=heads_kv,
-        seqlen_q=q_shape[1] if lengths is None else lengths.longest_q,
-        seqlen_k=k_shape[1] if lengths is None else lengths.longest_k,
+        seqlen_q=q_shape[-3] if lengths is None else lengths.longest_q,
+        seqlen_k=k_shape[-3] if lengths is None else lengths.longest_k,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         tables=tuple(
             TableSpec(table.dtype, table.shape, bool(needed))
             for table, needed in zip(tables, needs_grad or [False] * len(tables), strict=True)
         ),
-        addressing="dense" if lengths is None else "varlen",
-        total_q=0 if lengths is None else q_shape[0],
-        total_k=0 if lengths is None else k_shape[0],
+        addressing="paged" if paged else "dense" if lengths is None else "varlen",
+        total_q=q_shape[0] if layout == "thd" else 0,
+        total_k=k_shape[0] if layout_k == "thd" else 0,
         seqused_k=seqused_k,
+        packed=paged and layout == "thd",
+        num_pages=k_shape[0] if paged else 0,
+        page_size=k_shape[1] if paged else 0,
+        leftpad_k=leftpad_k,
     )
 
 

@@ -19,7 +19,15 @@ from anyflash.semantics.keywords import Described, describe_program
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem, Program
 
-__all__ = ["Described", "check_backward", "check_forward", "describe", "describe_program"]
+__all__ = [
+    "Described",
+    "check_backward",
+    "check_devices",
+    "check_forward",
+    "describe",
+    "describe_program",
+    "named",
+]
 
 _MAX_KEPT = 4096
 _problems: dict[tuple[Any, ...], Problem] = {}
@@ -58,7 +66,7 @@ def describe(
         check_layout(layout, True)
         check_rank("q", q.shape, layout)
         check_rank("k", k.shape, layout)
-        _check_devices(q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
+        check_devices(q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
         lengths, cu_seqlens_q, cu_seqlens_k, seqused_k = read_lengths(
             cu_seqlens_q, cu_seqlens_k, seqused_k, q.shape[0], k.shape[0]
         )
@@ -85,7 +93,7 @@ def describe(
         _problems[key] = problem
     device = q.device
     if k.device is not device or v.device is not device or tables or sinks is not None:
-        _check_devices(q, k=k, v=v, sinks=sinks, **_named(tables, names))
+        check_devices(q, k=k, v=v, sinks=sinks, **named(tables, names))
     if layout == "bhsd":
         q, k, v = q.permute((0, 2, 1, 3)), k.permute((0, 2, 1, 3)), v.permute((0, 2, 1, 3))
     return problem, Operands(q, k, v, tuple(tables), sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, seed)
@@ -119,11 +127,13 @@ def _new_problem(
     )
 
 
-def _named(tables: Sequence[View], names: Sequence[str]) -> dict[str, View]:
+def named(tables: Sequence[View], names: Sequence[str]) -> dict[str, View]:
+    """Each table under the argument that it came from."""
     return {names[i] if i < len(names) else f"table {i}": table for i, table in enumerate(tables)}
 
 
-def _check_devices(q: View, **others: View | None) -> None:
+def check_devices(q: View, **others: View | None) -> None:
+    """Raises InvalidCall, naming the argument, unless all lie where q does."""
     for argument, view in others.items():
         if view is not None and view.device != q.device:
             raise InvalidCall(

@@ -52,7 +52,7 @@ _programs: dict[tuple[Any, ...], str] = {}
 
 def describe_program(
     q_shape: Sequence[int],
-    k_shape: Sequence[int],
+    k_shape: Sequence[int] | None,
     dtype: Dtype,
     *,
     layout: str = "bshd",
@@ -70,7 +70,7 @@ def describe_program(
 ) -> Described:
     """The program that the keywords spell, and its tables.
 
-    q_shape, k_shape   shapes of the user's arrays, in `layout`
+    q_shape, k_shape   shapes of the user's arrays, in `layout`; None for keys in a cache
     dtype              names the element type of an array, given the argument it came as and itself
     sequences          how many sequences a packed call has
     the others         as in `anyflash.attention`
@@ -243,15 +243,18 @@ def _expression(argument: str, result: Any, expected: str) -> Expr:
     )
 
 
-def _extents(q_shape: Sequence[int], k_shape: Sequence[int], layout: str, sequences: int | None) -> Extents:
+def _extents(
+    q_shape: Sequence[int], k_shape: Sequence[int] | None, layout: str, sequences: int | None
+) -> Extents:
     """(batch, query heads, queries, keys); the last two are None where lengths are not known from shapes."""
     check_layout(layout, sequences is not None)
     check_rank("q", q_shape, layout)
-    check_rank("k", k_shape, layout)
+    if k_shape is not None:
+        check_rank("k", k_shape, layout)
     if sequences is not None:
         return sequences, q_shape[1], None, None
-    q, k = to_canonical(layout, tuple(q_shape)), to_canonical(layout, tuple(k_shape))
-    return q[0], q[2], q[1], k[1]
+    q = to_canonical(layout, tuple(q_shape))
+    return q[0], q[2], q[1], None if k_shape is None else to_canonical(layout, tuple(k_shape))[1]
 
 
 def _listed(bias: Any) -> list[tuple[str, Any]]:
