@@ -9,7 +9,7 @@ q, k and v are numpy arrays or torch tensors (batch, seqlen, heads, head_dim).
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from anyflash import masks
 from anyflash.api import attention, attention_varlen, explain, merge, table
@@ -23,12 +23,15 @@ __all__ = [
     "AnyflashError",
     "BackendBroken",
     "InvalidCall",
+    "KVCache",
     "Unsupported",
     "__version__",
     "attention",
+    "attention_kvcache",
     "attention_varlen",
     "exp",
     "explain",
+    "kvcache",
     "log",
     "masks",
     "maximum",
@@ -39,17 +42,30 @@ __all__ = [
     "where",
 ]
 
-# Frameworks' own extras. An attribute, not an import, so that importing anyflash imports no framework.
-_FRAMEWORKS = {"torch": "anyflash.torch"}
+if TYPE_CHECKING:
+    from anyflash import kvcache
+    from anyflash import torch as torch
+    from anyflash.kvcache import KVCache, attention_kvcache
+
+# Imported when first asked for: a framework's own extras, because importing anyflash imports no framework,
+# and what only serving needs, because importing anyflash is quick.
+_LATER = {
+    "torch": "anyflash.torch",
+    "kvcache": "anyflash.kvcache",
+    "KVCache": "anyflash.kvcache",
+    "attention_kvcache": "anyflash.kvcache",
+}
 
 _log.configure()
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _FRAMEWORKS:
-        return importlib.import_module(_FRAMEWORKS[name])
-    raise AttributeError(f"module 'anyflash' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'anyflash' has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    found = globals()[name] = getattr(module, name, module)
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_FRAMEWORKS])
+    return sorted({*__all__, *_LATER})

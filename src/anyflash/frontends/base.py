@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from anyflash.core.dtypes import accumulate
 from anyflash.core.view import View
@@ -18,6 +18,9 @@ from anyflash.semantics.addressing import to_canonical
 from anyflash.semantics.describe import describe
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
+
+if TYPE_CHECKING:
+    from anyflash.frontends.cache import CacheRequest
 
 
 @dataclass(slots=True)
@@ -70,6 +73,10 @@ class Frontend(Protocol):
         """(out, lse) of the request, differentiable where the framework differentiates."""
         ...
 
+    def attend_cache(self, request: CacheRequest) -> tuple[Any, Any]:
+        """(out, lse) over a KV cache, to which what is new is appended first."""
+        ...
+
     def merge(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, layout: str) -> tuple[Any, Any]:
         """Combine two partial results over disjoint keys."""
         ...
@@ -119,14 +126,19 @@ def describe_request(
 def forward(frontend: Frontend, request: Request) -> Forward:
     """Describe, plan and run the request; a request without a seed uses 0."""
     problem, operands = describe_request(frontend, request)
-    backend = plan.plan(problem, operands.q.device, request.backend)
-    layout, like = request.layout, request.q
+    made = plan.plan(problem, operands.q.device, request.backend)
+    return execute(frontend, made, operands, request.layout, request.q)
+
+
+def execute(frontend: Frontend, made: plan.Plan, operands: Operands, layout: str, like: Any) -> Forward:
+    """Run a plan into new arrays in `layout`."""
+    problem = made.problem
     statistic = accumulate(problem.dtype)
     out, out_view = frontend.empty(to_canonical(layout, problem.out_shape), problem.dtype, like)
     lse, lse_view = frontend.empty(problem.lse_shape, statistic, like)
     stats, stats_view = frontend.empty((2, *problem.lse_shape), statistic, like)
     out_view = out_view if layout != "bhsd" else out_view.permute((0, 2, 1, 3))
-    plan.execute_forward(backend, operands, Results(out_view, lse_view, stats_view))
+    plan.execute_forward(made, operands, Results(out_view, lse_view, stats_view))
     return Forward(out, lse, stats)
 
 

@@ -13,6 +13,7 @@ from anyflash.core.device import CPU
 from anyflash.core.dtypes import ITEMSIZE
 from anyflash.core.view import View
 from anyflash.frontends import base
+from anyflash.frontends.cache import CacheRequest, begin
 from anyflash.semantics import lse as partial
 
 _names: dict[np.dtype[Any], str] = {}
@@ -84,6 +85,11 @@ class Numpy:
         if request.seed is None and request.dropout:
             request.seed = secrets.randbits(SEED_BITS)
         found = base.forward(self, request)
+        return found.out, found.lse
+
+    def attend_cache(self, request: CacheRequest) -> tuple[NDArray[Any], NDArray[Any]]:
+        made, operands = begin(self.view, self.empty, request)
+        found = base.execute(self, made, operands, request.layout, request.q)
         return found.out, found.lse
 
     def merge(

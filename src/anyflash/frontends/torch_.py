@@ -8,8 +8,9 @@ from torch import Tensor
 from anyflash.core import threads
 from anyflash.core.errors import InvalidCall
 from anyflash.core.view import View
-from anyflash.frontends import torch_arrays, torch_autograd, torch_op, torch_vmap
+from anyflash.frontends import torch_arrays, torch_autograd, torch_cache, torch_op, torch_vmap
 from anyflash.frontends.base import Request
+from anyflash.frontends.cache import CacheRequest
 
 __all__ = ["FRONTEND", "torch_autograd", "torch_vmap"]
 
@@ -32,8 +33,7 @@ class Torch:
         return torch_arrays.view(array)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Tensor) -> tuple[Tensor, View]:
-        array = like.new_empty(shape, dtype=torch_arrays.DTYPES[dtype])
-        return array, torch_arrays.view(array)
+        return torch_arrays.empty(shape, dtype, like)
 
     def attend(self, request: Request) -> tuple[Tensor, Tensor]:
         q, k, v = request.q, request.k, request.v
@@ -55,6 +55,12 @@ class Torch:
             lengths = (request.cu_seqlens_q, request.cu_seqlens_k, request.seqused_k)
             out, lse, _ = _PACKED(q, k, v, tables, request.sinks, *lengths, *call)
         return out, lse
+
+    def attend_cache(self, request: CacheRequest) -> tuple[Tensor, Tensor]:
+        if torch._C._is_any_autocast_enabled():
+            request.q, *new = _autocast(*[t for t in (request.q, request.k, request.v) if t is not None])
+            request.k, request.v = new or (None, None)
+        return torch_cache.attend(request)
 
     def merge(
         self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, layout: str

@@ -64,6 +64,12 @@ def _new_device(device: torch.device) -> Device:
     return found
 
 
+def empty(shape: tuple[int, ...], dtype: str, like: Tensor) -> tuple[Tensor, View]:
+    """A new row-major tensor on the device of `like`, and its view."""
+    array = like.new_empty(shape, dtype=DTYPES[dtype])
+    return array, view(array)
+
+
 def statistic(tensor: Tensor) -> torch.dtype:
     """The dtype of lse and of sums over rows."""
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
