@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch._dynamo.utils
 
 from anyflash.bench import inputs, measure
 from anyflash.bench.cells import Cell
@@ -124,3 +125,18 @@ def test_a_peer_that_computes_something_else_is_not_timed() -> None:
 
 def test_names_are_unique() -> None:
     assert len(PEERS) == len(registry.peers())
+
+
+@pytest.mark.slow
+def test_flex_compiles_once_for_all_copies() -> None:
+    """Compiled once for each, it would soon run uncompiled."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    cell = tiny.cell(heads_kv=2, seqlen_q=1, seqlen_k=200, measure="memory")
+    made = [inputs.make(cell, seed) for seed in range(12)]
+    _, way = measure._admit(_here("torch flex"), made, measure._Gate(made[0]))
+    assert way is not None
+    with way.context():
+        for call in way.calls:
+            call()
+    assert counters["stats"]["unique_graphs"] == 1

@@ -90,13 +90,15 @@ def _enter(
     prepare: Callable[[Inputs], Step], made: Sequence[Inputs], expected: Expected, role: timing.Role
 ) -> tuple[Verdict, Way | None]:
     """Whether a way's results agree, and if so, the way."""
-    checked = prepare(made[0] if role == "ours" else replace(made[0], dropout_p=0.0))
+    known = role == "ours" or not made[0].dropout_p
+    checked = prepare(made[0] if known else replace(made[0], dropout_p=0.0))
     with checked.context():
         verdict = judge(checked.results(checked.call()), expected, 1.0 if role == "ours" else PEER_SLACK)
     if not verdict.agrees:
         return verdict, None
-    steps = [prepare(one) for one in made]
-    return verdict, Way(role, [step.call for step in steps], steps[0].context)
+    first = checked if known else prepare(made[0])
+    steps = [first, *map(prepare, made[1:])]
+    return verdict, Way(role, [step.call for step in steps], first.context)
 
 
 def _admit(peer: Peer, made: Sequence[Inputs], gate: _Gate) -> tuple[Record, Way | None]:

@@ -16,7 +16,7 @@ from anyflash.cli import _bench_charts, _bench_table
 if TYPE_CHECKING:
     from anyflash.bench.run import Report, Wanted
 
-_PIPE_WIDTH = 160
+_PIPE_WIDTH = 200
 _NEEDS = ("torch", "psutil")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -17,15 +19,16 @@ class Flex:
     family = "torch flex"
     package = "torch"
 
+    def __init__(self) -> None:
+        self._compiled: tuple[Cell, Any] | None = None
+
     def lacks(self, cell: Cell) -> str | None:
         if cell.backward:
             return "no backward on CPU"
         return "no dropout" if VARIANTS[cell.variant].dropout_p else None
 
     def prepare(self, inputs: Inputs) -> Step:
-        # A function compiled for too many shapes falls back to running uncompiled, in silence.
-        torch._dynamo.reset()
-        compiled = torch.compile(flex_attention, dynamic=False)
+        compiled = self._compile(inputs.cell)
         q, k, v = inputs.q, inputs.k, inputs.v
         packed = inputs.starts is not None
         if packed:
@@ -38,6 +41,14 @@ class Flex:
         if not packed:
             return step
         return Step(step.call, lambda out: inputs.named(out.squeeze(0).transpose(0, 1)), step.context)
+
+    def _compile(self, cell: Cell) -> Any:
+        """One function for all arrays of a cell, and a fresh start for the next cell: what is compiled too
+        often runs uncompiled from then on, in silence."""
+        if self._compiled is None or self._compiled[0] != cell:
+            torch._dynamo.reset()
+            self._compiled = cell, torch.compile(flex_attention, dynamic=False)
+        return self._compiled[1]
 
 
 def _score(inputs: Inputs) -> ScoreMod | None:

@@ -95,6 +95,8 @@ class Math:
             else cell.batch * cell.seqlen_q * cell.seqlen_k
         )
         needed = _SCORE_ARRAYS * longest * cell.heads * max(4, ITEMSIZE[cell.dtype])
+        if cell.heads != cell.heads_kv:
+            needed += 2 * cell.batch * cell.heads * cell.seqlen_k * cell.head_dim * ITEMSIZE[cell.dtype]
         total = psutil.virtual_memory().total
         return f"needs {needed >> 30} of {total >> 30} GiB" if 2 * needed > total else None
 
