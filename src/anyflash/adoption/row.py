@@ -56,7 +56,7 @@ class Workload:
     description  what runs, with the sizes that the input turned out to have
     dtype        of the computation; its rounding enters the tolerance
     step         one measured unit of work: takes the variant's role, gives what it produced
-    reference    the same in float64 with the system's plain attention
+    reference    the same in float64, with an attention of the system's own
     """
 
     description: str
