@@ -125,8 +125,8 @@ def describe_cache(
         _check_writable("cache.k", cache_k)
         _check_writable("cache.v", cache_v)
     if rotary is not None:
-        check_positions(rotary, "k", placement.positions("k"))
-        check_positions(rotary, "q", placement.positions("q"))
+        check_positions(rotary, "k", placement.positions_k)
+        check_positions(rotary, "q", placement.positions_q)
     new = None if k is None or v is None else (_canonical(layout_new, k), _canonical(layout_new, v))
     operands = Operands(
         _canonical(layout, q),
@@ -153,7 +153,7 @@ def append(call: CacheCall) -> None:
     for new, cache, turn in zip(call.new, (call.operands.k, call.operands.v), (True, False), strict=True):
         source, target = _flat(new)[: len(pages)], as_numpy(cache)
         if turn and call.rotary is not None:
-            for some, turned in _turned(call.rotary, source, call.placement.positions("k")):
+            for some, turned in _turned(call.rotary, source, call.placement.positions_k):
                 target[pages[some], rows[some]] = turned
         else:
             target[pages, rows] = source
@@ -162,7 +162,7 @@ def append(call: CacheCall) -> None:
 def rotate_queries(call: CacheCall, out: View) -> None:
     """Write turned queries to `out`, which is C-contiguous in canonical axes."""
     assert call.rotary is not None
-    positions = call.placement.positions("q")
+    positions = call.placement.positions_q
     source, target = _flat(call.operands.q), as_numpy(out).reshape(-1, *out.shape[-2:])
     target[len(positions) :] = source[len(positions) :]
     for some, turned in _turned(call.rotary, source[: len(positions)], positions):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +62,7 @@ class Placement:
     lengths                  of queries and usable keys, new ones included; `longest_k` is rounded up there
     cu_seqlens_q .. leftpad  copies, as `Operands` has them
     pages, rows              (new keys,) where each new key goes
-    new_lens, q_lens         (batch,) new keys and queries of each sequence
-    first_new, first_query   (batch,) rotary position of each sequence's first new key and first query
+    positions_k, positions_q  (rows,) the rotary position of every new key and every query
     """
 
     lengths: Varlen
@@ -74,15 +73,8 @@ class Placement:
     leftpad: View | None
     pages: Integers
     rows: Integers
-    new_lens: Integers
-    q_lens: Integers
-    first_new: Integers
-    first_query: Integers
-
-    def positions(self, of: Literal["q", "k"]) -> Integers:
-        """The rotary position of every row, in the order of the rows."""
-        first, lens = (self.first_new, self.new_lens) if of == "k" else (self.first_query, self.q_lens)
-        return np.repeat(first, lens) + _within(lens)
+    positions_k: Integers
+    positions_q: Integers
 
 
 def place(given: Given) -> Placement:
@@ -155,10 +147,8 @@ def _place(given: Given) -> Placement:
         None if given.leftpad is None else view_of(pad.astype(np.int32)),
         pages,
         rows,
-        new_lens,
-        q_lens,
-        base,
-        base + new_lens - q_lens,
+        np.repeat(base, new_lens) + _within(new_lens),
+        np.repeat(base + new_lens - q_lens, q_lens) + _within(q_lens),
     )
 
 

@@ -53,13 +53,14 @@ def check_rotary(rotary: Rotary, head_dim: int) -> None:
 def check_positions(rotary: Rotary, argument: str, positions: NDArray[np.int64]) -> None:
     """Raises InvalidCall if a row of `argument` stands where the tables say nothing."""
     rows = rotary.cos.shape[0]
+    if not len(positions) or (positions.min() >= 0 and positions.max() < rows):
+        return
     wrong = np.flatnonzero((positions < 0) | (positions >= rows))
-    if len(wrong):
-        raise InvalidCall(
-            argument,
-            f"row {int(wrong[0])} has rotary position {int(positions[wrong[0]])}",
-            f"0 to {rows - 1}, the rows of cos and sin",
-        )
+    raise InvalidCall(
+        argument,
+        f"row {int(wrong[0])} has rotary position {int(positions[wrong[0]])}",
+        f"0 to {rows - 1}, the rows of cos and sin",
+    )
 
 
 def rotated(
@@ -83,13 +84,15 @@ def rotated(
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
         where = positions[rows]
-        c, s = (table[where, None].astype(work) for table in (cos, sin))
-        turned = x[rows].astype(work)
-        a, b = turned[..., first], turned[..., second]
-        new_a = a * c - b * s
-        turned[..., second] = a * s + b * c
-        turned[..., first] = new_a
+        c, s = (table[where, None].astype(work, copy=False) for table in (cos, sin))
+        old = x[rows].astype(work, copy=False)
+        turned = np.empty_like(old)
+        turned[..., 2 * n :] = old[..., 2 * n :]
+        a, b = old[..., first], old[..., second]
+        for target, with_a, with_b in ((turned[..., first], c, -s), (turned[..., second], s, c)):
+            np.multiply(a, with_a, out=target)
+            target += b * with_b
         # A value beyond the range of a narrow dtype becomes inf, as everywhere.
         with np.errstate(over="ignore", invalid="ignore"):
-            narrow = turned.astype(x.dtype)
+            narrow = turned.astype(x.dtype, copy=False)
         yield rows, narrow
