@@ -114,9 +114,14 @@ WRONG: dict[str, Callable[[], dict[str, Any]]] = {
     "rotary_shapes": lambda: {"rotary": (COS, COS[:, :1])},
     "rotary_dtype": lambda: {"rotary": (COS.astype(np.int32), COS)},
     "rotary_short": lambda: {"rotary": (COS[:11], COS[:11])},
-    "rotary_before_the_first": lambda: {"rotary_offsets": ints(-1, 9)},
+    "rotary_before_the_first": lambda: {"rotary_positions": np.full((B, T), -1)},
     "rotary_queries": lambda: {"q": np.zeros((B, 9, HQ, D), F32)},
-    "offsets_alone": lambda: {"rotary": None, "rotary_offsets": ints(0, 1)},
+    "positions_shape": lambda: {"rotary_positions": ints(0, 1)},
+    "positions_of_too_few": lambda: {
+        "q": np.zeros((B, 4, HQ, D), F32),
+        "rotary_positions": np.ones((B, T), int),
+    },
+    "positions_alone": lambda: {"rotary": None, "rotary_positions": ints(0, 1)},
     # programs
     "bias_keys": lambda: {"bias": np.zeros((11,), F32)},
     "bias_heads": lambda: {"bias": np.zeros((3, 1, 1), F32)},

@@ -58,6 +58,20 @@ class Server:
         self.cache.truncate(sequence, length)
         self.held[sequence] = tuple(x[:, :length] for x in self.held[sequence])  # type: ignore[assignment]
 
+    def keep(self, sequence: int) -> None:
+        end = self.cache.length(sequence)
+        length = int(self.rng.integers(self.leftpad[sequence], end + 1))
+        slots = [slot for slot in range(length, end) if self.rng.random() < 0.5]
+        before = self.state()
+        try:
+            self.cache.keep(sequence, length, slots)
+        except af.InvalidCall as full:
+            if full.argument != "slots" or self.state() != before:
+                raise
+            return
+        kept = [*range(length), *slots]
+        self.held[sequence] = tuple(x[:, kept] for x in self.held[sequence])  # type: ignore[assignment]
+
     def forget(self, sequence: int) -> None:
         tokens = int(self.rng.integers(self.leftpad[sequence], self.cache.length(sequence) + 1))
         self.cache.forget(sequence, tokens)
@@ -132,7 +146,7 @@ def test_against_the_model(page_size, seed):
     for _ in range(100):
         sequences = list(server.held)
         what = server.rng.choice(
-            ["allocate", "append", "append", "append", "fork", "truncate", "forget", "free"]
+            ["allocate", "append", "append", "append", "fork", "truncate", "keep", "forget", "free"]
         )
         if what == "allocate" or not sequences:
             server.allocate()
@@ -206,6 +220,10 @@ def test_torch():
         (lambda c, a: c.fork(a, 4), "length: 4; expected 1 to 3"),
         (lambda c, a: c.truncate(a, 0), "length: 0; expected 1 to 3"),
         (lambda c, a: c.forget(a, 4), "tokens: 4; expected 1 to 3"),
+        (lambda c, a: c.keep(a, 0, []), "length: 0; expected 1 to 3"),
+        (lambda c, a: c.keep(a, 1, [2, 1]), "slots: [2, 1]; expected ascending, 1 to 2"),
+        (lambda c, a: c.keep(a, 2, [1]), "slots: [1]; expected ascending, 2 to 2"),
+        (lambda c, a: c.keep(a, 1, [3]), "slots: [3]; expected ascending, 1 to 2"),
         (lambda c, a: empty(num_pages=0), "num_pages: 0; expected a whole number of at least 1"),
         (lambda c, a: empty(like=np.zeros(1, int)), "like: dtype int64; expected one of float16"),
         (lambda c, a: empty(like=[1.0]), "like: type list; expected"),

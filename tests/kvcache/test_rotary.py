@@ -70,21 +70,45 @@ def test_appended_keys_and_queries(pairs, interleaved, dtype):
 
 
 def test_given_positions():
-    """rotary_offsets moves the positions of new keys and of the queries that end at the last of them."""
+    """Of each new key; the queries have those of the last ones, or their own if nothing is appended."""
     cos, sin = tables(4)
-    offsets = np.array([7, 0, 60], np.int64)
+    given = R.integers(0, POSITIONS, (B, T))
     cache = af.KVCache(CACHE_K.copy(), CACHE_V.copy(), LENS)
     out = af.attention_kvcache(
-        Q[:, :2], cache, K, V, rotary=(cos, sin), rotary_offsets=offsets, backend="reference"
+        Q[:, :2], cache, K, V, rotary=(cos, sin), rotary_positions=given, backend="reference"
     )
-    keys = turned(K, offsets[:, None] + np.arange(T), cos, sin, False)
-    queries = turned(Q[:, :2], offsets[:, None] + np.arange(T - 2, T), cos, sin, False)
+    keys = turned(K, given, cos, sin, False)
+    queries = turned(Q[:, :2], given[:, T - 2 :], cos, sin, False)
     for b in range(B):
         assert np.allclose(cache.k[b, LENS[b] : LENS[b] + T], keys[b], rtol=1e-15, atol=1e-15)
         one = slice(b, b + 1)
         n = LENS[b] + T
         alone = af.attention(queries[one], cache.k[one, :n], cache.v[one, :n], backend="reference")
         assert np.allclose(out[one], alone, rtol=1e-13, atol=1e-13)
+    again = af.attention_kvcache(
+        Q[:, :2],
+        af.KVCache(cache.k, cache.v, LENS + T),
+        rotary=(cos, sin),
+        rotary_positions=given[:, T - 2 :],
+        backend="reference",
+    )
+    assert (again == out).all()
+
+
+def test_given_positions_packed():
+    cos, sin = tables(4)
+    given = R.integers(0, POSITIONS, B * T).astype(np.int32)
+    starts_q, starts_k = (np.array(n, np.int32) for n in ([0, 1, 5, 7], [0, 2, 8, 12]))
+    cache = af.KVCache(CACHE_K.copy(), CACHE_V.copy(), LENS)
+    q, k, v = (x.reshape(B * T, -1, D) for x in (Q, K, V))
+    af.attention_kvcache(
+        q[:7], cache, k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, rotary=(cos, sin),
+        rotary_positions=given, backend="reference",
+    )  # fmt: skip
+    keys = turned(k[None], given[None], cos, sin, False)[0]
+    for b in range(B):
+        rows = slice(starts_k[b], starts_k[b + 1])
+        assert np.allclose(cache.k[b, LENS[b] :][: len(keys[rows])], keys[rows], rtol=1e-15, atol=1e-15)
 
 
 def test_nothing_appended_turns_the_queries_alone():

@@ -15,7 +15,7 @@ KEYWORDS = {
     "cu_seqlens_k": None,
     "rotary": None,
     "rotary_interleaved": False,
-    "rotary_offsets": None,
+    "rotary_positions": None,
     "layout": None,
     "causal": False,
     "window": None,

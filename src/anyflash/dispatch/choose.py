@@ -65,6 +65,10 @@ def summary(problem: Problem, device: Device) -> str:
     parts = [f"attention of q {q}, k {k}, v {v} in {problem.dtype} on {device}"]
     if problem.addressing == "varlen":
         parts.append(f"{problem.batch} sequences, longest {problem.seqlen_q} and {problem.seqlen_k}")
+    elif problem.addressing == "paged":
+        parts.append(
+            f"{problem.batch} sequences in a cache, longest {problem.seqlen_q} and at most {problem.seqlen_k}"
+        )
     if problem.program.score:
         parts.append("with a score program")
     if problem.program.mask:

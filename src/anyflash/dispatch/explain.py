@@ -123,7 +123,7 @@ def explain(problem: Problem, operands: Operands, backend: str | None = None) ->
     tiles = count_tiles(problem, operands, facts.pop("block_q", _BLOCK), facts.pop("block_k", _BLOCK))
     kept = 1.0 if tiles is None or not tiles.total else 1 - tiles.empty / tiles.total
     lengths = None
-    if problem.addressing == "varlen":
+    if problem.addressing != "dense":
         q_lens, k_lens = sequence_lengths(problem, operands)
         lengths = list(zip(q_lens.tolist(), k_lens.tolist(), strict=True))
     name = None if chosen is None else chosen.name

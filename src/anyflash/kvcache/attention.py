@@ -54,7 +54,7 @@ def attention_kvcache(
     cu_seqlens_k: Any = None,
     rotary: tuple[Any, Any] | None = None,
     rotary_interleaved: bool = False,
-    rotary_offsets: Any = None,
+    rotary_positions: Any = None,
     layout: str | None = None,
     causal: bool = False,
     window: Window = None,
@@ -84,10 +84,12 @@ def attention_kvcache(
             cu_seqlens_q[b + 1] - 1.
         cu_seqlens_k: the same for k and v; where q is packed, None is `cu_seqlens_q`.
         rotary: (cos, sin), each (positions, n): new keys and the queries are turned by rotary embedding in
-            their first 2 n elements. The first new key has its slot's number as position, and the queries
-            end at the position of the last new key, or where nothing is appended, of the last key.
+            their first 2 n elements. A key's position is the number of its slot, and queries end at the
+            position of the last key.
         rotary_interleaved: pair i is elements (2 i, 2 i + 1), not (i, i + n).
-        rotary_offsets: (B,) int32 or int64, the position of the first new key where it is not its slot.
+        rotary_positions: (B, Tn), or (total,) packed, int32 or int64: positions of the new keys that are
+            not their slots, such as depths in a tree. Queries have those of the last new keys. Where
+            nothing is appended they are positions of the queries.
         layout: "bshd" as above, "bhsd" with heads before rows in q, k, v, out and the cache, or "thd" for
             packed q, whose cache is as for "bshd"; None is "bshd" or "thd".
 
@@ -131,7 +133,7 @@ def attention_kvcache(
         "cache.block_table": cache.block_table,
         "cache.leftpad": cache.leftpad,
         "cache.batch_idx": cache.batch_idx,
-        "rotary_offsets": rotary_offsets,
+        "rotary_positions": rotary_positions,
     }
     rotary = _rotary(rotary, arrays)
     for argument, array in arrays.items():
@@ -161,7 +163,7 @@ def attention_kvcache(
         registry.same(frontend, name, array)
     integers = (
         cu_seqlens_q, cu_seqlens_k, cache.seqlens, cache.block_table, cache.leftpad, cache.batch_idx,
-        rotary_offsets,
+        rotary_positions,
     )  # fmt: skip
     request = CacheRequest(
         program, q, cache.k, cache.v, k, v, integers, rotary, bool(rotary_interleaved), layout, tables, names,
@@ -180,8 +182,8 @@ def _cache_of(pair: Any) -> KVCache:
 def _rotary(rotary: Any, arrays: dict[str, Any]) -> tuple[Any, Any] | None:
     """The pair (cos, sin), which joins the arrays of the call."""
     if rotary is None:
-        if arrays["rotary_offsets"] is not None:
-            raise InvalidCall("rotary_offsets", "an array", "None where there is no rotary=(cos, sin)")
+        if arrays["rotary_positions"] is not None:
+            raise InvalidCall("rotary_positions", "an array", "None where there is no rotary=(cos, sin)")
         return None
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise InvalidCall("rotary", f"type {type(rotary).__name__}", "None or (cos, sin)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,8 +154,7 @@ class PagedCache:
         """
         found = self._get(sequence)
         length = found.length if length is None else length
-        if not found.leftpad <= length <= found.length:
-            raise InvalidCall("length", repr(length), f"{found.leftpad} to {found.length}")
+        self._check_length(found, length)
         pages = found.pages[: -(-length // self.page_size)]
         for page in pages:
             if page != _FORGOTTEN:
@@ -213,12 +213,46 @@ class PagedCache:
         Raises InvalidCall if there is no such sequence, or it has fewer tokens.
         """
         found = self._get(sequence)
-        if not found.leftpad <= length <= found.length:
-            raise InvalidCall("length", repr(length), f"{found.leftpad} to {found.length}")
+        self._check_length(found, length)
         kept = -(-length // self.page_size)
         self._release(found.pages[kept:])
         del found.pages[kept:]
         found.length = length
+
+    def keep(self, sequence: int, length: int, slots: Sequence[int]) -> None:
+        """Keep the first `length` tokens and, moved up behind them, those at `slots`: for the branch of a
+        speculated tree that was accepted.
+
+        Args:
+            slots: ascending, each from `length` to the sequence's length - 1.
+
+        Raises InvalidCall as `truncate`, if the slots are not as above, or if tokens would move in shared
+        pages and there are no free ones to copy those to; nothing has changed then.
+        """
+        found, size = self._get(sequence), self.page_size
+        self._check_length(found, length)
+        edges = [length - 1, *slots, found.length]
+        if any(a >= b for a, b in pairwise(edges)):
+            raise InvalidCall("slots", repr(list(slots)), f"ascending, {length} to {found.length - 1}")
+        moved = [(source, length + i) for i, source in enumerate(slots) if source != length + i]
+        written = {target // size for _, target in moved}
+        shared = [column for column in sorted(written) if self._holders[found.pages[column]] > 1]
+        if len(shared) > len(self._free):
+            raise InvalidCall(
+                "slots",
+                f"{len(shared)} shared pages to be copied",
+                f"at most {len(self._free)}, the free pages",
+            )
+        for column in shared:
+            self._copy(found, column)
+        if moved:
+            (from_pages, from_rows), (to_pages, to_rows) = (
+                ([found.pages[slot // size] for slot in side], [slot % size for slot in side])
+                for side in zip(*moved, strict=True)
+            )
+            for array in (self.k, self.v):
+                array[:, to_pages, to_rows] = array[:, from_pages, from_rows]
+        self.truncate(sequence, length + len(slots))
 
     def forget(self, sequence: int, tokens: int) -> None:
         """Drop the first `tokens` tokens, those forgotten before included, as a window that moved on allows.
@@ -260,6 +294,10 @@ class PagedCache:
             )
         return found
 
+    def _check_length(self, sequence: _Sequence, length: int) -> None:
+        if not sequence.leftpad <= length <= sequence.length:
+            raise InvalidCall("length", repr(length), f"{sequence.leftpad} to {sequence.length}")
+
     def _counts(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> list[int]:
         if len(set(sequences)) != len(sequences):
             raise InvalidCall("sequences", repr(list(sequences)), "each of them once")
@@ -291,14 +329,18 @@ class PagedCache:
     def _grow(self, sequence: _Sequence, count: int) -> None:
         shared = self._written_page(sequence, count)
         if shared is not None and self._holders[shared] > 1:
-            own = self._take()
-            self.k[:, own] = self.k[:, shared]
-            self.v[:, own] = self.v[:, shared]
-            self._release([shared])
-            sequence.pages[-1] = own
+            self._copy(sequence, -1)
         sequence.length += count
         while len(sequence.pages) * self.page_size < sequence.length:
             sequence.pages.append(self._take())
+
+    def _copy(self, sequence: _Sequence, column: int) -> None:
+        """A page of its own for a sequence that shares one."""
+        own, shared = self._take(), sequence.pages[column]
+        self.k[:, own] = self.k[:, shared]
+        self.v[:, own] = self.v[:, shared]
+        self._release([shared])
+        sequence.pages[column] = own
 
     def _take(self) -> int:
         page = self._free.pop()

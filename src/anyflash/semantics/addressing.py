@@ -221,7 +221,11 @@ def sequence_lengths(problem: Problem, operands: Operands) -> tuple[NDArray[np.i
         whole = np.ones(problem.batch, np.int64)
         return whole * problem.seqlen_q, whole * problem.seqlen_k
     starts_q, starts_k, used = operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k
-    assert starts_q is not None
-    assert starts_k is not None
-    k_lens = np.diff(as_numpy(starts_k)) if used is None else as_numpy(used)
+    if used is not None:
+        k_lens = as_numpy(used)
+    else:
+        assert starts_k is not None
+        k_lens = np.diff(as_numpy(starts_k))
+    if starts_q is None:  # dense queries over a cache
+        return np.full(problem.batch, problem.seqlen_q, np.int64), k_lens.astype(np.int64)
     return np.diff(as_numpy(starts_q)).astype(np.int64), k_lens.astype(np.int64)

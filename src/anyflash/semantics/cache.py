@@ -35,7 +35,7 @@ class Integers(NamedTuple):
     block_table: View | None = None
     leftpad: View | None = None
     batch_idx: View | None = None
-    rotary_offsets: View | None = None
+    rotary_positions: View | None = None
 
 
 class CacheCall(NamedTuple):

@@ -30,8 +30,8 @@ def cost(problem: Problem, allowed: float = 1.0, lengths: Sequence[tuple[int, in
     """The cost of `problem`.
 
     allowed   share of the pairs that the mask leaves, 0 to 1
-    lengths   (queries, keys) of each sequence of a packed call; without them the number of pairs is an upper
-              bound, from the longest lengths and the totals
+    lengths   (queries, keys) of each sequence of a packed call, or one over a cache; without them the
+              number of pairs is an upper bound, from the longest lengths and the totals
 
     Exponentials and the program's own arithmetic are not counted, as is the custom in the field.
 
@@ -44,6 +44,8 @@ def cost(problem: Problem, allowed: float = 1.0, lengths: Sequence[tuple[int, in
         area = sum(q_len * k_len for q_len, k_len in lengths)
     elif problem.addressing == "varlen":
         area = min(problem.total_q * problem.seqlen_k, problem.total_k * problem.seqlen_q)
+    elif problem.packed_q:
+        area = problem.total_q * problem.seqlen_k
     else:
         area = problem.batch * problem.seqlen_q * problem.seqlen_k
     pairs = area * problem.heads_q * allowed
@@ -52,6 +54,11 @@ def cost(problem: Problem, allowed: float = 1.0, lengths: Sequence[tuple[int, in
         prod(shape) * ITEMSIZE[problem.dtype]
         for shape in (problem.q_shape, problem.k_shape, problem.v_shape, problem.out_shape)
     )
+    if problem.addressing == "paged":
+        # Of a cache, what holds keys of the call; pages that several sequences share count for each.
+        keys = problem.batch * problem.seqlen_k if lengths is None else sum(n for _, n in lengths)
+        heads = keys * problem.heads_kv * ITEMSIZE[problem.dtype]
+        k, v = heads * dim, heads * dim_v
     statistic = ITEMSIZE[accumulate(problem.dtype)]
     lse = prod(problem.lse_shape) * statistic
     tables = sum(prod(spec.shape) * ITEMSIZE[spec.dtype] for spec in problem.tables)

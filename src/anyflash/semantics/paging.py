@@ -41,7 +41,7 @@ class Given(NamedTuple):
     block_table: View | None = None
     leftpad: View | None = None
     batch_idx: View | None = None
-    rotary_offsets: View | None = None
+    rotary_positions: View | None = None
 
 
 _ARGUMENTS = (
@@ -51,7 +51,7 @@ _ARGUMENTS = (
     "cache.block_table",
     "cache.leftpad",
     "cache.batch_idx",
-    "rotary_offsets",
+    "rotary_positions",
 )
 
 
@@ -133,9 +133,7 @@ def _place(given: Given) -> Placement:
     pages, rows = table[owner, slots // page_size].astype(np.int64), slots % page_size
     if len(slots):
         _check_writes(table, needed, pad, total, pages, rows, page_size)
-    base = (
-        old if given.rotary_offsets is None else _per_sequence("rotary_offsets", given.rotary_offsets, batch)
-    )
+    positions_k, positions_q = _positions(given, old, new_lens, q_lens)
     k_lens = total - pad
     longest_k = int(k_lens.max(initial=0))
     return Placement(
@@ -147,8 +145,8 @@ def _place(given: Given) -> Placement:
         None if given.leftpad is None else view_of(pad.astype(np.int32)),
         pages,
         rows,
-        np.repeat(base, new_lens) + _within(new_lens),
-        np.repeat(base + new_lens - q_lens, q_lens) + _within(q_lens),
+        positions_k,
+        positions_q,
     )
 
 
@@ -159,6 +157,34 @@ def _lengths(
         return None, np.full(rows[0], rows[1], np.int64)
     read = read_starts(argument, starts, rows[0], packed)
     return read, np.diff(read).astype(np.int64)
+
+
+def _positions(
+    given: Given, old: Integers, new_lens: Integers, q_lens: Integers
+) -> tuple[Integers, Integers]:
+    """Rotary positions of new keys and of queries: slots, unless they are given."""
+    ends = old + new_lens
+    slots = [np.repeat(ends - lens, lens) + _within(lens) for lens in (new_lens, q_lens)]
+    if given.rotary_positions is None:
+        return slots[0], slots[1]
+    name, rows = ("q", given.rows_q) if given.rows_new is None else ("k", given.rows_new)
+    if given.rotary_positions.shape != tuple(rows):
+        raise InvalidCall(
+            "rotary_positions", f"shape {given.rotary_positions.shape}", f"{tuple(rows)}, the rows of {name}"
+        )
+    positions = as_numpy(given.rotary_positions).astype(np.int64).reshape(-1)
+    if name == "q":
+        return slots[0], positions[: len(slots[1])]
+    short = np.flatnonzero(q_lens > new_lens)
+    if len(short):
+        b = int(short[0])
+        raise InvalidCall(
+            "rotary_positions",
+            f"{new_lens[b]} for sequence {b}, as many as new keys",
+            f"at least {q_lens[b]}, as many as queries: those have the positions of the last keys",
+        )
+    last = np.repeat(np.cumsum(new_lens) - q_lens, q_lens) + _within(q_lens)
+    return positions[: len(slots[0])], positions[last]
 
 
 def _said(q_lens: Integers, k_lens: Integers, longest_k: int) -> Varlen:
