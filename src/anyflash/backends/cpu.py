@@ -50,8 +50,6 @@ class CpuBackend:
 
         if device.kind != "cpu":
             return [f"runs on the cpu, the arrays are on {device}"]
-        if problem.addressing == "paged":
-            return ["reads no KV cache yet"]
         return integers_too_wide(problem)
 
     def configure(self, problem: Problem) -> Config:
@@ -67,13 +65,16 @@ class CpuBackend:
             return
         arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out": results.out}
         rows = {"lse": results.lse, "stats": results.stats}
-        if schedule.decode_rows(problem):
+        values = launch.addresses([*arrays.items(), *rows.items()])
+        values["decoded_rows"] = decoded = schedule.decode_rows(problem)
+        if decoded and launch.any_decoded(problem, operands, decoded):
             work = self._launch(problem, "decode", config, arrays, rows, operands.tables, {})
             tasks = problem.batch * problem.heads_kv * schedule.splits(problem)
-        else:
+            work.run(operands, dict(values), tasks, _threads(problem), 0)
+        if problem.group * problem.seqlen_q > decoded:
             work = self._launch(problem, "forward", config, arrays, rows, operands.tables, {})
             tasks = problem.batch * problem.heads_q * work.num_q_blocks
-        work.run(operands, launch.addresses([*arrays.items(), *rows.items()]), tasks, _threads(problem), 0)
+            work.run(operands, values, tasks, _threads(problem), 0)
 
     def backward(
         self, problem: Problem, config: Config, operands: Operands, saved: Saved, grads: Gradients

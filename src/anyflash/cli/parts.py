@@ -55,5 +55,7 @@ def _markdown(rows: list[tuple[str, str, dict[str, float]]], machine: dict[str, 
         mine = [(name, found) for name, where, found in rows if where == direction]
         lines += ["", f"## {direction}", "", "| " + " | ".join(["ns a score", *mine[0][1]]) + " |"]
         lines.append("|" + "---|" * (len(mine[0][1]) + 1))
-        lines += ["| " + " | ".join([name, *(f"{x:.2f}" for x in found.values())]) + " |" for name, found in mine]
+        lines += [
+            "| " + " | ".join([name, *(f"{x:.2f}" for x in found.values())]) + " |" for name, found in mine
+        ]
     return "\n".join(lines) + "\n"

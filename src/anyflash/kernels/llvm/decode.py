@@ -91,9 +91,10 @@ class _Decode(Frame):
         index, split = number / splits, number % splits
         seq = self.sequence(index / kv_heads)
         first = split * SPLIT_KEYS
+        rows = _Rows(seq, index % kv_heads, group * seq.q_len, group)
+        mine = b.compare("gt", rows.count, 0) & b.compare("le", rows.count, self.rows_static)
         # The first split also answers for a sequence without keys.
-        with b.when(b.compare("lt", first, seq.k_len) | b.compare("eq", split, 0)):
-            rows = _Rows(seq, index % kv_heads, group * seq.q_len, group)
+        with b.when(mine & (b.compare("lt", first, seq.k_len) | b.compare("eq", split, 0))):
             self.begin(rows, split)
             last = b.min(first + SPLIT_KEYS, seq.k_len)
             with b.loop(first, last, self.spec.block_k) as key:
@@ -187,10 +188,11 @@ class _Decode(Frame):
         if source.dense and ELEMENT[self.spec.dtype] == self.element and source.columns % self.lanes == 0:
 
             def in_place() -> None:
-                place.set(source.pointer)
+                place.set(source.row(b, 0))
                 step.set(source.row_stride)
 
-            b.choose(b.compare("eq", keys, self.spec.block_k), in_place, pack)
+            whole = b.compare("eq", keys, self.spec.block_k) & source.evenly(b, self.spec.block_k)
+            b.choose(whole, in_place, pack)
         else:
             pack()
         return place.get(), step.get()

@@ -77,7 +77,9 @@ class _Forward(Frame):
         head, batch = index % self.word("heads_q"), index / self.word("heads_q")
         seq = self.sequence(batch)
         row = block * self.block_q
-        with b.when(row < seq.q_len):
+        # Shorter sequences of a packed call are left to the decode.
+        long_enough = b.compare("gt", seq.q_len * self.word("group"), self.word("decoded_rows"))
+        with b.when((row < seq.q_len) & long_enough):
             rows = b.min(b.const(self.block_q, I64), seq.q_len - row)
             self.begin(seq, head, row, rows)
             self.keys.prepare(seq, head / self.word("group"), 0, seq.k_len, self.ahead)

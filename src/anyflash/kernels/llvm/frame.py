@@ -16,7 +16,7 @@ from anyflash.kernels.llvm.bounds import Instructions
 from anyflash.kernels.llvm.emit import Emitter, TableAccess
 from anyflash.kernels.llvm.form import Form, PairForm
 from anyflash.kernels.llvm.ir import BYTES, DOUBLE, FLOAT, I1, I32, I64, PTR, Builder, Scalar, Value, vec
-from anyflash.kernels.llvm.layout import UserRows, padded
+from anyflash.kernels.llvm.layout import Pages, UserRows, padded
 from anyflash.kernels.llvm.spec import Spec, argument_names
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.expr import Expr, walk
@@ -103,8 +103,13 @@ class Frame:
 
     def rows(self, array: str, batch: Value, token: Value, head: Value) -> UserRows:
         """Rows of q, k, v, out or a gradient from `token` on."""
-        offset = batch * self.word(f"{array}_batch") + token * self.word(f"{array}_token")
-        offset = offset + head * self.word(f"{array}_head")
+        offset = head * self.word(f"{array}_head")
+        pages = None
+        if self.spec.paged and array in ("k", "v"):
+            table = self.b.at(self.pointer("block_table"), batch * self.word("block_table_stride"))
+            pages = Pages(table, self.word("page_size"), self.word(f"{array}_batch"), token)
+        else:
+            offset = offset + batch * self.word(f"{array}_batch") + token * self.word(f"{array}_token")
         columns = self.spec.head_dim if array in ("q", "k", "dq", "dk") else self.spec.head_dim_v
         return UserRows(
             self.b.at(self.pointer(array), offset),
@@ -113,6 +118,7 @@ class Frame:
             self.spec.dtype,
             columns,
             array in self.spec.dense,
+            pages,
         )
 
     def row_scalar(self, array: str, batch: Value, head: Value, token: Value) -> Value:

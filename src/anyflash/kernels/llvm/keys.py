@@ -112,8 +112,9 @@ class Keys:
         if not source.dense or not form.same_memory(self.frame.spec.dtype, source.columns):
             pack()
             return array.rows
-        place = b.var(PTR, source.pointer)
+        place = b.var(PTR, source.row(b, 0))
         in_place = b.compare("eq", source.row_stride, stride) & b.compare("eq", keys, whole)
+        in_place = in_place & source.evenly(b, whole)
         with b.when(in_place ^ True):
             pack()
             place.set(array.rows)

@@ -87,7 +87,7 @@ class Launch:
         self.block_q = self.spec.query_vectors * self.lanes
         self.size = 8 if problem.dtype == "float64" else 4
         self.num_q_blocks = -(-problem.seqlen_q // self.block_q)
-        self.sequences = None if problem.addressing == "varlen" else _dense_sequences(problem)
+        self.sequences = _dense_sequences(problem) if problem.addressing == "dense" else None
         self.block = ArgumentBlock(self.spec, self._fixed(arrays, rows, tables, gradient_strides))
         width = sum(padded(d, self.lanes) for d in (problem.head_dim, problem.head_dim_v))
         self.bytes_a_key = width * self.size
@@ -112,6 +112,7 @@ class Launch:
         }
         if self.sequences is not None:
             values["sequences"] = self.sequences.ctypes.data
+        values["page_size"] = problem.page_size
         for name in ARRAYS[self.part]:
             # Packed arrays have no batch axis: their sequences start at a token.
             strides = arrays[name].strides if arrays[name].ndim == 4 else (0, *arrays[name].strides)
@@ -121,7 +122,7 @@ class Launch:
             strides = view.strides
             if name == "stats":
                 values["stats_plane"], strides = strides[0], strides[1:]
-            if problem.addressing == "varlen":
+            if problem.packed_q:
                 strides = (0, *strides)
             for axis, stride in zip(("batch", "head", "token"), strides, strict=True):
                 values[f"{name}_{axis}"] = stride
@@ -143,9 +144,13 @@ class Launch:
         kept: list[object] = []
         values = addresses
         if self.sequences is None:
-            sequences = _packed_sequences(self.problem, operands)
+            sequences = _sequences(self.problem, operands)
             kept.append(sequences)
             values["sequences"] = sequences.ctypes.data
+        if operands.block_table is not None:
+            assert operands.block_table.ptr is not None
+            values["block_table"] = operands.block_table.ptr
+            values["block_table_stride"] = operands.block_table.strides[0]
         values["num_tasks"] = num_tasks
         values["acc_keys"] = acc_keys
         if self.spec.dropout:
@@ -211,15 +216,27 @@ def _dense_sequences(problem: Problem) -> NDArray[np.int64]:
     return table
 
 
-def _packed_sequences(problem: Problem, operands: Operands) -> NDArray[np.int64]:
-    assert operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None
-    table = np.empty((problem.batch, 4), np.int64)
+def _sequences(problem: Problem, operands: Operands) -> NDArray[np.int64]:
+    """The same where lengths are data. In pages, k_start is the slot of the first key."""
+    table = np.zeros((problem.batch, 4), np.int64)
+    table[:, 1] = problem.seqlen_q
     for column, view in ((0, operands.cu_seqlens_q), (2, operands.cu_seqlens_k)):
-        cumulative = as_numpy(view)
-        table[:, column], table[:, column + 1] = cumulative[:-1], np.diff(cumulative)
+        if view is not None:
+            cumulative = as_numpy(view)
+            table[:, column], table[:, column + 1] = cumulative[:-1], np.diff(cumulative)
     if operands.seqused_k is not None:
         table[:, 3] = as_numpy(operands.seqused_k)
+    if operands.leftpad_k is not None:
+        table[:, 2] = as_numpy(operands.leftpad_k)
     return table
+
+
+def any_decoded(problem: Problem, operands: Operands, rows: int) -> bool:
+    """Whether some sequence is short enough for a decode of `rows` rows."""
+    if operands.cu_seqlens_q is None:
+        return True
+    lengths = np.diff(as_numpy(operands.cu_seqlens_q)) * problem.group
+    return bool(((lengths > 0) & (lengths <= rows)).any())
 
 
 def block_bounds(table: NDArray[np.generic], axis: int, block: int) -> NDArray[np.int64]:

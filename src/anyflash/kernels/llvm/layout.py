@@ -18,6 +18,7 @@ from anyflash.kernels.llvm.ir import (
     DOUBLE,
     FLOAT,
     HALF,
+    I1,
     I16,
     I32,
     I64,
@@ -34,8 +35,19 @@ ELEMENT = {"float32": FLOAT, "float64": DOUBLE, "float16": HALF, "bfloat16": BFL
 
 
 @dataclass(frozen=True)
+class Pages:
+    """Where the slots of one sequence lie: slot s in page table[s / size] (i32), `stride` bytes a page."""
+
+    table: Value
+    size: Value
+    stride: Value
+    first: Value  # the slot of row 0
+
+
+@dataclass(frozen=True)
 class UserRows:
-    """Rows of a user's array: `pointer` of row 0, byte strides, element type, elements a row.
+    """Rows of a user's array: `pointer` of row 0, or of slot 0 of page 0 where the rows lie in `pages`; byte
+    strides, element type, elements a row.
 
     `dense` says that neighbouring elements of a row touch, so that vectors can be read.
     """
@@ -46,6 +58,22 @@ class UserRows:
     dtype: str
     columns: int
     dense: bool
+    pages: Pages | None = None
+
+    def row(self, b: Builder, r: Scalar) -> Value:
+        """Address of row r."""
+        pages = self.pages
+        if pages is None:
+            return b.at(self.pointer, r * self.row_stride)
+        slot = pages.first + r
+        page = b.to_int(b.load(I32, b.at(pages.table, slot / pages.size * 4)), I64)
+        return b.at(b.at(self.pointer, page * pages.stride), slot % pages.size * self.row_stride)
+
+    def evenly(self, b: Builder, count: Scalar) -> Value:
+        """Whether the first `count` rows are row_stride apart (i1)."""
+        if self.pages is None:
+            return b.const(True, I1)
+        return b.compare("le", self.pages.first % self.pages.size + count, self.pages.size)
 
 
 def padded(columns: int, lanes: int) -> int:
@@ -91,7 +119,7 @@ def pack_rows(
         return value if scale is None else value * scale
 
     with b.loop(0, valid) as r:
-        row = b.at(source.pointer, r * source.row_stride)
+        row = source.row(b, r)
         out = b.at(target, r * stride)
         if source.dense:
             with b.loop(0, whole) as c:

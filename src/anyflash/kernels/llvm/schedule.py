@@ -80,12 +80,24 @@ DECODE_ROWS = 8
 
 
 def decode_rows(problem: Problem) -> int:
-    """Rows of a decode's row group, rounded up so that few kernels serve all; 0 where the forward is to be
-    used."""
+    """Rows of a decode's row group, rounded up so that few kernels serve all; 0 where no sequence is decoded.
+
+    Of packed queries each sequence goes its own way: a result must not depend on how long its neighbours are.
+    """
     rows = problem.group * problem.seqlen_q
-    if rows > DECODE_ROWS or problem.program.dropout_p > 0.0:
+    if problem.packed_q and problem.group <= DECODE_ROWS:
+        rows = min(rows, DECODE_ROWS)
+    if not 0 < rows <= DECODE_ROWS or problem.program.dropout_p > 0.0:
         return 0
     return next(n for n in (1, 2, 4, 8) if n >= rows)
+
+
+def operand_form(problem: Problem, part: Part, target: Target) -> Dot:
+    """The form of a kernel's operands. The backward forms its scores as the decode did, if that made all of
+    them."""
+    if part == "decode" or (part != "forward" and not problem.packed_q and decode_rows(problem)):
+        return "number"
+    return dot(target, problem.dtype)
 
 
 # What a thread may hold of K and V in the form of the products. Beyond, each tile makes its own.
@@ -99,6 +111,8 @@ def reads_in_place(problem: Problem, target: Target, view: View) -> bool:
         fits = problem.dtype in ("float32", "float64") and columns % lanes(target, problem.dtype) == 0
     else:
         fits = columns % (2 * lanes(target, problem.dtype)) == 0
+    if problem.addressing == "paged" and problem.page_size % BLOCK_K:
+        return False
     return fits and view.strides[-1] == view.itemsize and view.strides[-3] == columns * view.itemsize
 
 
@@ -216,11 +230,12 @@ def make_spec(
         query_vectors=vectors,
         block_k=BLOCK_K,
         # A backward forms its scores as its forward did, or exp(score - maximum) would be another's.
-        dot="number" if decode_rows(problem) else dot(target, problem.dtype),
+        dot=operand_form(problem, part, target),
         tile=decode_tile(target, decode_rows(problem)) if part == "decode" else tile(target),
         bounds_block=bounds_block(vectors * lanes(target, problem.dtype)),
         decode_rows=decode_rows(problem) if part == "decode" else 0,
         ahead=ahead,
+        paged=problem.addressing == "paged",
     )
 
 

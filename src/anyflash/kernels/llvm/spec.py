@@ -60,6 +60,7 @@ class Spec:
     bounds_block: int
     decode_rows: int = 0
     ahead: frozenset[str] = frozenset()
+    paged: bool = False
 
     @property
     def key(self) -> str:
@@ -71,8 +72,9 @@ class Spec:
 
 COMMON = (
     "counter", "num_tasks", "tasks", "scratch", "sequences", "heads_q", "group",
-    "num_q_blocks", "acc_keys", "splits", "partials", "arrivals", "scale", "keep_scale", "drop_threshold",
-    "seed_low", "seed_high", "sinks", "sinks_stride", "dsinks",
+    "num_q_blocks", "acc_keys", "splits", "decoded_rows", "partials", "arrivals", "scale", "keep_scale",
+    "drop_threshold", "seed_low", "seed_high", "sinks", "sinks_stride", "dsinks",
+    "block_table", "block_table_stride", "page_size",
     "lse", "lse_batch", "lse_head", "lse_token",
     "stats", "stats_plane", "stats_batch", "stats_head", "stats_token",
     "dlse", "dlse_batch", "dlse_head", "dlse_token",
