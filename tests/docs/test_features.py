@@ -41,6 +41,10 @@ def _arrays() -> dict[str, np.ndarray]:
         "row_bias": rng.standard_normal((B, 1, 1, T)),
         "sinks": rng.standard_normal(H),
         "gates": rng.standard_normal(H),
+        "k_pages": rng.standard_normal((12, 8, H, D)),
+        "v_pages": rng.standard_normal((12, 8, H, D)),
+        "used": np.array([20, 5], np.int32),
+        "block_table": rng.permutation(12).astype(np.int32).reshape(B, 6),
     }
 
 
@@ -49,6 +53,7 @@ def _names(wrap: Callable[[np.ndarray], Any], backend: str) -> dict[str, Any]:
     af = SimpleNamespace(**{name: getattr(anyflash, name) for name in anyflash.__all__})
     af.attention = partial(anyflash.attention, backend=backend)
     af.attention_varlen = partial(anyflash.attention_varlen, backend=backend)
+    af.attention_kvcache = partial(anyflash.attention_kvcache, backend=backend)
     return {"af": af, **{name: wrap(array) for name, array in _arrays().items()}}
 
 
@@ -97,7 +102,11 @@ def test_feature(call: str, framework: str, backend: str) -> None:
         assert _close(eval(call, _names(lambda array: array, backend)), _right(call))
         return
     assert framework == "torch"
-    assert _close(eval(call, _names(_tensor, backend)).detach().numpy(), _right(call))
+    trained = "attention_kvcache" not in call
+    with torch.set_grad_enabled(trained):
+        assert _close(eval(call, _names(_tensor, backend)).detach().numpy(), _right(call))
+    if not trained:
+        return
     found, right = _gradients(call, backend), _right_gradients(call)
     assert found.keys() == right.keys()
     used = set(re.findall(r"\w+", call)) & {

@@ -36,7 +36,8 @@ PARAMETERS = [
 def each(case: Case, values, backend: str, form: Form, pick: tuple[int, ...], seed: int) -> dict[int, bytes]:
     """out and lse of each sequence of a call over those in `pick`."""
     assert case.packed is not None
-    laid = lay_out(case, values, form, tuple(map(min, case.packed.lens_q, case.packed.lens_k)), pick, seed)
+    new = tuple(map(min, case.packed.lens_q, case.packed.lens_k))
+    laid = lay_out(case, values, form, new, pick, seed, packed=len(set(case.packed.lens_q)) > 1)
     try:
         out, lse = laid.run(backend)
     except Unsupported as why:

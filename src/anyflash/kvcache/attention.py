@@ -109,7 +109,7 @@ def attention_kvcache(
         >>> import numpy as np, anyflash as af
         >>> cache = af.KVCache(*np.zeros((2, 1, 64, 2, 16), np.float32), seqlens=np.array([10]))
         >>> new = np.ones((1, 1, 2, 16), np.float32)
-        >>> af.attention_kvcache(new, cache, new, new, causal=True, backend="reference").shape
+        >>> af.attention_kvcache(new, cache, new, new, causal=True).shape
         (1, 1, 2, 16)
         >>> cache.k[0, 10].any()
         np.True_

@@ -92,11 +92,11 @@ class PagedCache:
         >>> cache = af.kvcache.PagedCache(new, layers=1, num_pages=8, page_size=4, heads_kv=2, head_dim=16)
         >>> prompt = cache.allocate()
         >>> batch = cache.append([prompt], 5)
-        >>> out = af.attention_kvcache(new, batch[0], new, new, causal=True, backend="reference")
+        >>> out = af.attention_kvcache(new, batch[0], new, new, causal=True)
         >>> other = cache.fork(prompt)
         >>> step = np.ones((2, 1, 2, 16), np.float32)
         >>> batch = cache.append([prompt, other], 1)
-        >>> out = af.attention_kvcache(step, batch[0], step, step, causal=True, backend="reference")
+        >>> out = af.attention_kvcache(step, batch[0], step, step, causal=True)
         >>> cache.memory().tokens, cache.memory().shared_pages, cache.memory().free_pages
         (12, 1, 5)
     """
