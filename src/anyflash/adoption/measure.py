@@ -19,7 +19,7 @@ class Effort:
     seconds: float
 
 
-QUICK = Effort(rounds=3, seconds=10.0)
+QUICK = Effort(rounds=7, seconds=8.0)
 FULL = Effort(rounds=15, seconds=25.0)
 Progress = Callable[[str, float], None]
 
