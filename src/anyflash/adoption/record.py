@@ -17,9 +17,9 @@ for this workload on this machine.
 
 First, agreement. Outputs and gradients of every attention are compared with the same step in float64 under an
 attention of the system's own. Ours may err at most {outputs:g} times as much as the worse of the system's own
-({gradients:g} times for gradients), plus one rounding of the dtype; otherwise the row fails and is not timed. The
-error is the root mean square of the difference, relative to that of the float64 values. The greatest difference is
-the largest absolute one between ours and eager.
+({gradients:g} times for gradients), plus one rounding of the dtype; otherwise the row fails and is not timed.
+The error is the root mean square of the difference, relative to that of the float64 values. The greatest
+difference is the largest absolute one between ours and eager.
 
 Then time. The attentions take turns, one step each a round, the order turning by one from round to round; the
 figure is the median. All have run once before, so compilation and other first-time work is not in it.
