@@ -88,11 +88,9 @@ def lay_out(
     new_lens: tuple[int, ...] | None = None,
     pick: tuple[int, ...] | None = None,
     seed: int = 0,
-    packed: bool = False,
 ) -> Laid:
     """`new_lens` says how many of each sequence's keys, the last ones, come with the call; None for no new
-    keys. `pick` lists the sequences of the call; None for all. Queries are packed if `packed`, or if their
-    numbers differ."""
+    keys. `pick` lists the sequences of the call; None for all. Queries are packed if their numbers differ."""
     assert case.packed is not None
     rng = np.random.default_rng(seed)
     starts_q, starts_k = cumulative(case.packed)
@@ -126,7 +124,7 @@ def lay_out(
     rows_new = np.concatenate(
         [np.arange(starts_k[i + 1] - n, starts_k[i + 1]) for i, n in zip(pick, new, strict=True)] or [[]]
     ).astype(int)
-    packed = packed or len(set(q_lens)) != 1 or len(set(new.tolist())) != 1
+    packed = len(set(q_lens)) != 1 or len(set(new.tolist())) != 1
     keywords: dict[str, Any] = {"scale": case.scale, "sinks": values.sinks}
     for piece in (*case.terms, *case.rules):
         keywords.update(piece.arguments(lambda name: values.tables[name]))

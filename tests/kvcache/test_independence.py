@@ -1,4 +1,5 @@
-"""A sequence's result is the same bits whatever else is in the batch, wherever its pages lie."""
+"""A sequence's result is the same bits whatever else is in the batch, wherever its pages lie, and whether its
+queries come packed or not."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def each(case: Case, values, backend: str, form: Form, pick: tuple[int, ...], se
     """out and lse of each sequence of a call over those in `pick`."""
     assert case.packed is not None
     new = tuple(map(min, case.packed.lens_q, case.packed.lens_k))
-    laid = lay_out(case, values, form, new, pick, seed, packed=len(set(case.packed.lens_q)) > 1)
+    laid = lay_out(case, values, form, new, pick, seed)
     try:
         out, lse = laid.run(backend)
     except Unsupported as why:
