@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 import anyflash as af
+from anyflash.frontends.numpy_ import FRONTEND
 from anyflash.frontends.registry import frameworks
+from anyflash.semantics.arrays import as_numpy
+from anyflash.semantics.cache import Integers, describe_cache
+from anyflash.semantics.problem import Program
 
 B, T, HQ, HK, D, P, PAGES = 2, 3, 4, 2, 8, 4, 6
 F32 = np.float32
@@ -107,6 +111,8 @@ WRONG: dict[str, Callable[[], dict[str, Any]]] = {
     "packed_layout": lambda: packed(layout="bshd"),
     "packed_without_lengths": lambda: {"q": np.zeros((6, HQ, D), F32), "layout": "thd"},
     "packed_starts": lambda: packed(cu_seqlens_q=ints(0, 4, 2)),
+    "packed_number": lambda: packed(cu_seqlens_q=np.array(6)),
+    "packed_nothing": lambda: packed(cu_seqlens_q=ints()),
     "packed_new": lambda: packed(cu_seqlens_k=ints(0, 6)),
     # rotary
     "rotary_alone": lambda: {"rotary": COS},
@@ -171,6 +177,16 @@ def test_nothing_written_where_nothing_can_run() -> None:
         assert not arguments["cache.k"].any()
 
 
+def test_a_pair_is_a_cache_in_full_use() -> None:
+    """(k, v) instead of a KVCache."""
+    r = np.random.default_rng(0)
+    q, k, v = (r.standard_normal((B, n, heads, D)).astype(F32) for n, heads in ((T, HQ), (9, HK), (9, HK)))
+    out = af.attention_kvcache(q, (k, v), causal=True, backend="reference")
+    assert (out == af.attention(q, k, v, causal=True, backend="reference")).all()
+    with pytest.raises(af.InvalidCall, match=r"^cache.seqlens: None; expected \(2,\) lengths"):
+        af.attention_kvcache(q, (k, v), q[:, :, :HK], q[:, :, :HK], backend="reference")
+
+
 def test_wrong_cache() -> None:
     with pytest.raises(af.InvalidCall, match=r"^cache: type ndarray; expected an anyflash.KVCache, or"):
         af.attention_kvcache(call()["q"], call()["cache.k"])  # type: ignore[arg-type]
@@ -191,3 +207,34 @@ def test_shared_pages_that_are_only_read() -> None:
     assert np.isfinite(run(arguments)).all()
     arguments = call() | {"k": None, "v": None, "cache.block_table": np.array([[0, 5, 2], [0, 5, 2]])}
     assert np.isfinite(run(arguments)).all()
+
+
+def test_table_of_an_empty_sequence() -> None:
+    """Nothing of it is looked at, even where its left padding is not empty."""
+    arguments = call() | {"k": None, "v": None, "rotary": None, "cache.leftpad": ints(5, 0)}
+    arguments["cache.block_table"] = np.array([[99, -1, -1], [0, 5, 2]])
+    assert (run(arguments)[0] == 0).all()
+
+
+def test_backends_get_page_numbers_only() -> None:
+    """Entries that nothing needs are made into some page's number."""
+    views = {name: FRONTEND.view(call()[name]) for name in ("q", "cache.k", "cache.v")}
+    table = np.array([[3, 1, -1], [0, 5, 10**9]])
+    integers = Integers(seqlens=FRONTEND.view(ints(5, 7)), block_table=FRONTEND.view(table))
+    made = describe_cache(Program(), *views.values(), integers=integers)
+    assert made.operands.block_table is not None
+    found = as_numpy(made.operands.block_table)
+    assert found.dtype == np.int32
+    assert found.flags.c_contiguous
+    assert found[:, :2].tolist() == [[3, 1], [0, 5]]
+    assert ((found >= 0) & (found < PAGES)).all()
+
+
+def test_a_bias_is_checked_against_each_calls_lengths() -> None:
+    """Calls that differ in lengths alone are one problem without tables, but not with them."""
+    arguments = call() | {"bias": np.zeros(11, F32), "cache.seqlens": ints(5, 8)}
+    run(arguments)
+    with pytest.raises(
+        af.InvalidCall, match=r"^bias: shape \(11,\) is indexed along axis 0 by k, from 0 to 11"
+    ):
+        run(arguments | {"cache.seqlens": ints(5, 9)})

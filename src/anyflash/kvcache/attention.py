@@ -148,7 +148,7 @@ def attention_kvcache(
         None,
         _dtype_of(frontend),
         layout=layout,
-        sequences=None if cu_seqlens_q is None else max(0, cu_seqlens_q.shape[0] - 1),
+        sequences=None if cu_seqlens_q is None else _sequences(cu_seqlens_q),
         causal=causal,
         window=window,
         scale=scale,
@@ -177,6 +177,13 @@ def _cache_of(pair: Any) -> KVCache:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InvalidCall("cache", f"type {type(pair).__name__}", "an anyflash.KVCache, or (k, v)")
     return KVCache(*pair)
+
+
+def _sequences(cu_seqlens_q: Any) -> int:
+    shape = tuple(cu_seqlens_q.shape)
+    if len(shape) != 1 or not shape[0]:
+        raise InvalidCall("cu_seqlens_q", f"shape {shape}", "(sequences + 1,)")
+    return shape[0] - 1
 
 
 def _rotary(rotary: Any, arrays: dict[str, Any]) -> tuple[Any, Any] | None:
