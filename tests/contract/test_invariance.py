@@ -45,13 +45,10 @@ def test_packed_as_dense(backend, program):
 
 
 @each_backend
-@pytest.mark.xfail(
-    strict=True,
-    reason="the CPU backend takes its kernel for few queries by the longest sequence of a packed call, so a "
-    "sequence of one query is rounded differently beside a long one",
-)
-def test_packed_as_dense_with_few_queries(backend):
-    check_packed_as_dense(backend, "plain", (40, 1, 3), (40, 90, 100))
+@each_program
+def test_packed_as_dense_with_few_queries(backend, program):
+    """Steps of decoding beside chunks of prompts."""
+    check_packed_as_dense(backend, program, (40, 1, 3, 8, 2), (40, 90, 100, 1500, 2))
 
 
 def check_packed_as_dense(backend, program, lens_q, lens_k):

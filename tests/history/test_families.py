@@ -14,7 +14,6 @@ and those that no code here can have yet:
 
     21  CUDA graphs replay a stale plan        there is no GPU backend, and so no graph to capture
     22  wrong device or default stream         arrays lie on the CPU alone, where calls are synchronous
-    27  block tables out of range              there is no paged addressing yet
 
 Four lessons about the suites themselves are kept by how the contract is built: its attention shares no mask
 code with the library (a verifier once had its kernel's bug); where the truth is NaN the result must be (a NaN
