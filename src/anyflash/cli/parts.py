@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+_PIPE_WIDTH = 160
 _SHAPES = (
     ("float32", 1, 2, 2048, 64),
     ("float32", 1, 2, 2048, 128),
@@ -37,7 +39,8 @@ def command(
         problem = Problem(Program(), dtype, batch, heads, heads, length, length, dim, dim)
         name = f"{dtype} ({batch}, {heads}, {length}, {dim})"
         rows += [(name, direction, found) for direction, found in parts.measure(problem, repeats).items()]
-    console = Console()
+    # A file or a pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     for direction in ("forward", "backward"):
         mine = [(name, found) for name, where, found in rows if where == direction]
         table = Table(direction, *mine[0][1], title="ns a score, and what leaving out a part saves")
