@@ -125,11 +125,12 @@ def mask_for_transformers(
         device=device,
         **kwargs,
     )
-    whole = cache(partial(matrix, allow_is_causal_skip=False, allow_is_bidirectional_skip=False))
     if q_length == 1 or _traced(attention_mask, q_offset):
         return matrix(
             allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip
         )
+    # Built at most once; not where torch traces, which cannot make a cache.
+    whole = cache(partial(matrix, allow_is_causal_skip=False, allow_is_bidirectional_skip=False))
     padding = _padding(attention_mask, kv_length, kv_offset, batch_size)
     unbounded = local_size is None or kv_length < local_size
     if allow_is_bidirectional_skip and padding is None and unbounded:
