@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from anyflash.core.device import Device
+from anyflash.core.view import View
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
 
@@ -41,6 +42,14 @@ class Backend(Protocol):
         self, problem: Problem, config: Any, operands: Operands, saved: Saved, grads: Gradients
     ) -> None:
         """Write every element of `grads`."""
+        ...
+
+    def restate(self, problem: Problem, config: Any, lse: View, stats: View) -> None:
+        """Write the `stats` of rows whose `lse` is given, for a backward that takes it as it is.
+
+        It may be of more keys than the problem has: attention in parts, merged. `stats` is the backend's own
+        (its units are not said); lse is in the accumulator's type, -inf for rows without keys.
+        """
         ...
 
     def explain(self, problem: Problem, config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +195,14 @@ class CpuBackend:
                 config.launches.clear()
             config.launches[key] = found
         return found
+
+    def restate(self, problem: Problem, config: Config, lse: View, stats: View) -> None:
+        # Kernels keep the maximum in the unit of scores, log2 without a program, and log2 of the sum.
+        unit = 1.0 if problem.program.score else math.log2(math.e)
+        given, written = as_numpy(lse), as_numpy(stats)
+        empty = given == -np.inf
+        written[0] = np.where(empty, 0, given * unit)
+        written[1] = np.where(empty, np.inf, 0)
 
     def explain(self, problem: Problem, config: Config) -> dict[str, Any]:
         from anyflash.kernels.llvm import schedule

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflash.core.device import Device
+from anyflash.core.errors import Unsupported
 from anyflash.core.view import View
 from anyflash.semantics import reference
 from anyflash.semantics.arrays import as_numpy
@@ -51,6 +52,11 @@ class Reference:
                 _write(view, value)
         if grads.dsinks is not None:
             _write(grads.dsinks, found.dsinks)
+
+    def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:
+        raise Unsupported(
+            "a backward from a given lse", {self.name: ["the reference computes its softmax anew"]}
+        )
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
         scores = problem.seqlen_q * problem.seqlen_k

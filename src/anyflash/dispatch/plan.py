@@ -10,6 +10,7 @@ from anyflash.backends.base import Backend
 from anyflash.core.device import Device
 from anyflash.core.errors import AnyflashError, BackendBroken
 from anyflash.core.log import logger
+from anyflash.core.view import View
 from anyflash.dispatch.choose import choose, summary
 from anyflash.semantics.describe import check_backward, check_forward
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
@@ -60,6 +61,12 @@ def run_backward(
 ) -> None:
     """Write the backward of `problem` into `grads`. Raises as `run_forward` does."""
     execute_backward(plan(problem, operands.q.device, backend), operands, saved, grads)
+
+
+def restate(problem: Problem, device: Device, lse: View, stats: View, backend: str | None = None) -> None:
+    """Write what the backward of `problem` reads as `stats`, from an lse alone; see `Backend.restate`."""
+    made = plan(problem, device, backend)
+    guard(made.backend, "restating lse", made.backend.restate, made.problem, made.config, lse, stats)
 
 
 def execute_forward(made: Plan, operands: Operands, results: Results) -> None:
