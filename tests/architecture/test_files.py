@@ -10,7 +10,7 @@ from architecture.sources import ROOT
 MAX_LINES = 400
 # path -> why it may be longer
 LONGER: dict[str, str] = {}
-FOLDERS = ("src", "tests", "docs", ".ci")
+FOLDERS = ("src", "tests", "docs", "packages", ".ci")
 TEXT = {".py", ".md", ".toml", ".txt", ".html", ".css", ".js", ".json", ""}
 # A path of somebody's home or checkout. Written so that this file does not contain one.
 MACHINE = re.compile(

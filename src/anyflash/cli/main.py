@@ -1,6 +1,7 @@
 """The `anyflash` command.
 
 Its subcommands are the files of this folder: each defines `command`, and the file's name is the subcommand's.
+A file may define `CONTEXT`, click's settings for how its arguments are read.
 This file and names that start with an underscore are not subcommands.
 """
 
@@ -41,7 +42,8 @@ def app() -> typer.Typer:
     )
     made.callback()(_root)
     for name in names():
-        made.command(name)(importlib.import_module(f"{anyflash.cli.__name__}.{name}").command)
+        module = importlib.import_module(f"{anyflash.cli.__name__}.{name}")
+        made.command(name, context_settings=getattr(module, "CONTEXT", None))(module.command)
     return made
 
 
