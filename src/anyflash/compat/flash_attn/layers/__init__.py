@@ -1,0 +1,3 @@
+"""`flash_attn.layers`."""
+
+from __future__ import annotations

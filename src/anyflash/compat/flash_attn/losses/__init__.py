@@ -1,0 +1,3 @@
+"""`flash_attn.losses`."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""`flash_attn.modules`."""
+
+from __future__ import annotations

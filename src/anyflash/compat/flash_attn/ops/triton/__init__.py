@@ -1,0 +1,3 @@
+"""`flash_attn.ops.triton`."""
+
+from __future__ import annotations

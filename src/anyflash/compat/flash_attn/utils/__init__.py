@@ -1,0 +1,3 @@
+"""`flash_attn.utils`."""
+
+from __future__ import annotations
