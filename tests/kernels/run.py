@@ -174,7 +174,7 @@ def ratio(got: Array, truth: Array, plains: list[Array]) -> float:
     slack = max(_error(p, finite, special) for p in plains)
     # What rounding to the type of the sums costs at the very least.
     slack = max(slack, float(np.spacing(np.abs(finite).max().astype(work))))
-    allowed = FACTOR * slack + np.spacing(np.abs(finite).astype(got.dtype)).astype(truth.dtype)
+    allowed = FACTOR * slack + 0.5 * np.spacing(np.abs(finite).astype(got.dtype)).astype(truth.dtype)
     return float((np.where(special, 0, np.abs(wide - finite)) / allowed).max())
 
 
