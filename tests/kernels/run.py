@@ -55,8 +55,9 @@ COMBINATIONS = tuple(
 
 
 def in_pairs(case: Case, target_name: str) -> bool:
-    """Whether products take pairs of bfloat16."""
-    if schedule.decode_rows(draw(case).problem):
+    """Whether the products of the longest sequence take pairs of bfloat16."""
+    problem = draw(case).problem
+    if problem.group * problem.seqlen_q <= schedule.decode_rows(problem):
         return False
     return schedule.dot(target.get_target(target_name), case.dtype) != "number"
 

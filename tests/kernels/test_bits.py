@@ -96,7 +96,7 @@ def test_batch_entries_do_not_know_each_other(at: tuple[str, str]) -> None:
             assert found.tobytes() == part.tobytes(), (i, name)
 
 
-PACKED = ((20, 100), (0, 7), (129, 129), (9, 0), (33, 193), (100, 5))
+PACKED = ((20, 100), (0, 7), (1, 70), (129, 129), (9, 0), (4, 65), (33, 193), (100, 5), (2, 0))
 
 
 @pytest.mark.parametrize("at", EVERY, ids=str)
