@@ -81,3 +81,14 @@ def test_large_scores_have_the_gradients_of_their_maximum(
     """Rounding moves such scores by more than 1, so a backward must form just those of the forward."""
     dtype, target = at
     check(case("large", dtype, lambda rng: {}, lens=(queries, KEYS), amplitude=amplitude), target)
+
+
+@pytest.mark.parametrize("at", COMBINATIONS[:3], ids=str)
+@pytest.mark.parametrize("packed", [((1, 70), (2, 100)), ((1, 70), (49, 130), (2, 100))], ids=str)
+def test_large_scores_of_short_and_long_sequences(
+    packed: tuple[tuple[int, int], ...], at: tuple[str, str]
+) -> None:
+    """The short ones are decoded, and have a backward of their own where pairs are multiplied."""
+    dtype, target = at
+    given = Case("large", dtype, dims=(24, 19), heads=HEADS, packed=packed, amplitude=3000.0)
+    check(given, target, threads=3)

@@ -102,7 +102,10 @@ class CpuBackend:
         blocks = -(-problem.seqlen_q // block_q)
         sink_sums = np.zeros((problem.batch, problem.heads_q, blocks), number)
         for walk in schedule.backward_walks(problem, block_q, threads):
-            self._walk(problem, config, operands, saved, grads, walk, totals, sink_sums, threads)
+            for decoded, rows in self._ways(problem, config, operands):
+                self._walk(
+                    problem, config, operands, saved, grads, walk, totals, sink_sums, threads, decoded, rows
+                )
         for i, total in totals.items():
             view = grads.tables[i]
             assert view is not None
@@ -121,6 +124,8 @@ class CpuBackend:
         totals: dict[int, np.ndarray],
         sink_sums: np.ndarray,
         threads: int,
+        decoded: bool,
+        decoded_rows: int,
     ) -> None:
         from anyflash.kernels.llvm import launch
         from anyflash.kernels.llvm.spec import ARRAYS
@@ -137,6 +142,7 @@ class CpuBackend:
         values = launch.addresses([*arrays.items(), *rows.items()])
         values["tasks"] = walk.tasks.ctypes.data
         values["dsinks"] = sink_sums.ctypes.data
+        values["decoded_rows"] = decoded_rows
         if walk.part != "backward_dkv":
             for i, view in enumerate(grads.tables):
                 if view is not None:
@@ -145,8 +151,20 @@ class CpuBackend:
                     assert view.ptr is not None
                     values[f"grad{i}"] = view.ptr if own is None else own.ctypes.data
                     values[f"grad{i}_partial"] = 0 if own is None else own.strides[0]
-        work = self._launch(problem, walk.part, config, arrays, rows, operands.tables, strides)
+        work = self._launch(problem, walk.part, config, arrays, rows, operands.tables, strides, decoded)
         work.run(operands, values, len(walk.tasks), threads, walk.acc_keys)
+
+    @staticmethod
+    def _ways(problem: Problem, config: Config, operands: Operands) -> list[tuple[bool, int]]:
+        """(whether a backward kernel is for sequences that were decoded, up to how many rows those have)."""
+        from anyflash.kernels.llvm import launch, schedule
+        from anyflash.kernels.llvm.target import get_target
+
+        if not schedule.backward_apart(problem, get_target(config.target)):
+            return [(False, -1)]
+        rows = schedule.decode_rows(problem)
+        ways = [(True, rows)] if launch.any_decoded(problem, operands, rows) else []
+        return [*ways, (False, rows)] if problem.group * problem.seqlen_q > rows else ways
 
     @staticmethod
     def _fill_rows_of_no_sequence(problem: Problem, operands: Operands, results: Results) -> None:
@@ -176,9 +194,11 @@ class CpuBackend:
         rows: dict[str, View],
         tables: tuple[View, ...],
         gradient_strides: dict[int, tuple[int, ...]],
+        decoded: bool = False,
     ) -> Any:
         key = (
             part,
+            decoded,
             *[v.strides for v in arrays.values()],
             *rows,
             *[v.strides for v in rows.values()],
@@ -190,7 +210,8 @@ class CpuBackend:
             from anyflash.kernels.llvm.launch import Launch
             from anyflash.kernels.llvm.target import get_target
 
-            found = Launch(problem, part, get_target(config.target), arrays, rows, tables, gradient_strides)
+            target = get_target(config.target)
+            found = Launch(problem, part, target, arrays, rows, tables, gradient_strides, decoded)
             if len(config.launches) >= _MAX_KEPT:
                 config.launches.clear()
             config.launches[key] = found

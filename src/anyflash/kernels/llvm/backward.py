@@ -96,7 +96,12 @@ class _Backward(Frame):
             self.scatter.begin(task["partial"])
         with b.loop(task["batch_begin"], task["batch_end"]) as batch:
             seq = self.sequence(batch)
-            with b.loop(task["head_begin"], task["head_end"]) as kv_head:
+            # Where a decode made the short sequences in another form, they have a kernel of their own.
+            compare = "le" if self.spec.decode_rows else "gt"
+            with (
+                b.when(b.compare(compare, seq.q_len * self.word("group"), self.word("decoded_rows"))),
+                b.loop(task["head_begin"], task["head_end"]) as kv_head,
+            ):
                 self.walk(seq, kv_head, task)
 
     def walk(self, seq: Sequence, kv_head: Value, task: dict[str, Value]) -> None:

@@ -74,6 +74,7 @@ class Launch:
         rows: Mapping[str, View],
         tables: tuple[View, ...],
         gradient_strides: Mapping[int, tuple[int, ...]],
+        decoded: bool = False,
     ) -> None:
         self.problem, self.part, self.target = problem, part, target
         dense = frozenset(
@@ -81,7 +82,7 @@ class Launch:
         )
         codes = schedule.table_codes(problem, part in ("backward", "backward_dq"), tables, gradient_strides)
         ahead = schedule.made_ahead(problem, part, target, arrays["k"], arrays["v"])
-        self.spec = schedule.make_spec(problem, part, target, dense, "dlse" in rows, codes, ahead)
+        self.spec = schedule.make_spec(problem, part, target, dense, "dlse" in rows, codes, ahead, decoded)
         self.code = compiled(self.spec, target)
         self.lanes = schedule.lanes(target, problem.dtype)
         self.block_q = self.spec.query_vectors * self.lanes

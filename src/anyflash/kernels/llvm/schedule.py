@@ -100,6 +100,13 @@ def operand_form(problem: Problem, part: Part, target: Target) -> Dot:
     return dot(target, problem.dtype)
 
 
+def backward_apart(problem: Problem, target: Target) -> bool:
+    """Whether a backward takes the sequences that were decoded by themselves: their scores were formed
+    otherwise than those of longer ones."""
+    apart = problem.packed_q and decode_rows(problem) > 0
+    return apart and operand_form(problem, "forward", target) != "number"
+
+
 # What a thread may hold of K and V in the form of the products. Beyond, each tile makes its own.
 _MOST_AHEAD = 1 << 26
 
@@ -212,7 +219,9 @@ def make_spec(
     dlse: bool,
     codes: tuple[TableCode, ...],
     ahead: frozenset[str],
+    decoded: bool = False,
 ) -> Spec:
+    """`decoded` makes a backward for those sequences of a packed call that were decoded."""
     program = problem.program
     vectors = query_vectors(target, problem)
     return Spec(
@@ -230,10 +239,10 @@ def make_spec(
         query_vectors=vectors,
         block_k=BLOCK_K,
         # A backward forms its scores as its forward did, or exp(score - maximum) would be another's.
-        dot=operand_form(problem, part, target),
+        dot="number" if decoded else operand_form(problem, part, target),
         tile=decode_tile(target, decode_rows(problem)) if part == "decode" else tile(target),
         bounds_block=bounds_block(vectors * lanes(target, problem.dtype)),
-        decode_rows=decode_rows(problem) if part == "decode" else 0,
+        decode_rows=decode_rows(problem) if part == "decode" or decoded else 0,
         ahead=ahead,
         paged=problem.addressing == "paged",
     )

@@ -40,7 +40,8 @@ class TableCode:
 class Spec:
     """`dense` names the arrays whose head_dim is contiguous. Tile sizes: `query_vectors` vectors of queries
     by `block_k` keys; `dot` is the form of the products' operands (see form) and `tile` their register tile
-    (rows, vectors). `decode_rows` counts the rows of a decode's row group."""
+    (rows, vectors). `decode_rows` counts the rows of a decode's row group; a backward that has it is for the
+    sequences that were decoded."""
 
     part: Part
     dtype: str
