@@ -12,6 +12,7 @@ from anyflash import masks
 from anyflash.contract.backends import present
 from anyflash.contract.direct import attend
 from anyflash.contract.exact import (
+    MOST,
     UNBOUNDED,
     by_tables,
     check,
@@ -108,7 +109,7 @@ def test_keyword_forms_dense(backend, form):
     for part, allowed in cells.allowed():
         q_len, k_len = int(cells.q_len[part][0]), int(cells.k_len[part][0])
         q, k = (np.zeros((1, n, 1, 1), np.float32) for n in (q_len, k_len))
-        v = np.eye(max(k_len, 1), dtype=np.float32)[None, :k_len, None, :]
+        v = np.eye(MOST, dtype=np.float32)[None, :k_len, None, :]
         found = attend(backend, q, k, v, **keywords)
         weights, count = found.out[0, :, 0, :k_len], allowed[0].sum(axis=1)
         assert ((weights != 0) == allowed[0]).all(), (q_len, k_len)

@@ -111,3 +111,36 @@ def test_tables(backend):
     for bias in (square.T[None, None], square[::-1, ::-1][None, None], wide[None, :, :, ::2]):
         same = np.ascontiguousarray(bias)
         assert_same_bits(run(backend, arrays, bias=same), run(backend, arrays, bias=bias))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("reduction", ["sum", "mean_over_heads", "first_half"])
+def test_gradients_that_torch_hands_back(layout, reduction):
+    """What autograd passes as dout: an expanded scalar, an expanded head, a slice padded with zeros."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import anyflash as af
+
+    shape = (B, N, H, D) if layout == "bshd" else (B, H, N, D)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    reduce = {
+        "sum": lambda out: out.sum(),
+        "mean_over_heads": lambda out: (out.mean(dim=layout.index("h")) ** 2).sum(),
+        "first_half": lambda out: (out[..., : D // 2] ** 2).sum(),
+    }[reduction]
+
+    def gradients(attend):
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        reduce(attend(*inputs)).backward()
+        return [x.grad for x in inputs]
+
+    def math(q, k, v):
+        heads_first = [x.transpose(1, 2) if layout == "bshd" else x for x in (q, k, v)]
+        scores = heads_first[0] @ heads_first[1].transpose(2, 3) / D**0.5
+        out = scores.softmax(dim=-1) @ heads_first[2]
+        return out.transpose(1, 2) if layout == "bshd" else out
+
+    for ours, theirs in zip(
+        gradients(lambda *x: af.attention(*x, layout=layout)), gradients(math), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
