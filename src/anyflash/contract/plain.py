@@ -144,11 +144,10 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
             dtables[name] = dtables[name] + grad if name in dtables else grad
 
     answer.dq = a(a(product(ds, k, allowed, a)) * scale)[..., undo]
-    across = allowed.swapaxes(1, 2)
-    dk = a(a(product(ds.swapaxes(1, 2), q, across, a)) * scale)
-    dv = a(product(dropped.swapaxes(1, 2), dout, (allowed & keep).swapaxes(1, 2), a))
-    answer.dk = _over_group(dk, group, a)[:, back][..., undo]
-    answer.dv = _over_group(dv, group, a)[:, back]
+    dk = a(_over_rows(ds, q, allowed, group, a) * scale)
+    dv = _over_rows(dropped, dout, allowed & keep, group, a)
+    answer.dk = dk[:, back][..., undo]
+    answer.dv = dv[:, back]
     answer.tables = dtables
     if sinks is not None:
         share = np.where(sinks == -np.inf, zero, a.exp(sinks - pivot) / safe)
@@ -163,8 +162,18 @@ def _lse(pivot: np.ndarray, total: np.ndarray, a: Arithmetic) -> np.ndarray:
     return (pivot * a.work.type(np.log2(np.e)) + np.log2(total)) * a.work.type(np.log(2))
 
 
-def _over_group(grad: np.ndarray, group: int, a: Arithmetic) -> np.ndarray:
-    if group == 1:
-        return grad
-    heads, rows, dim = grad.shape
-    return a(grad.reshape(heads // group, group, rows, dim).sum(axis=1))
+def _over_rows(
+    weights: np.ndarray, rows: np.ndarray, keep: np.ndarray, group: int, a: Arithmetic
+) -> np.ndarray:
+    """weights^T @ rows, added up over the query heads of a group: (heads, q, k), (heads, q, d) -> (kv, k, d).
+
+    The odd orders add the rows of all heads of the group one after the other.
+    """
+    heads, q_len, k_len = weights.shape
+    kv = heads // group
+    if a.odd:
+        weights, rows, keep = (x.reshape(kv, group * q_len, x.shape[2]) for x in (weights, rows, keep))
+    summed = a(product(weights.swapaxes(1, 2), rows, keep.swapaxes(1, 2), a))
+    if a.odd or group == 1:
+        return summed
+    return a(a.sum(summed.reshape(kv, group, k_len, rows.shape[2]), (1,)))
