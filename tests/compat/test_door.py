@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import json
 import subprocess
 import sys
 import textwrap
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from anyflash.compat import install, remove
+from anyflash.compat import hub_kernel, install, remove
 from anyflash.compat.aliases import PACKAGES
 from anyflash.compat.version import FLASH_ATTN
 from architecture.sources import ROOT
@@ -109,6 +111,24 @@ def test_distribution_version() -> None:
     project = tomllib.loads((DISTRIBUTION / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["name"] == "flash-attn"
     assert project["version"] == f"{FLASH_ATTN}+anyflash.{anyflash.__version__}"
+
+
+def test_kernel_for_a_hub(tmp_path: Path) -> None:
+    """The folder that LOCAL_KERNELS names, as the `kernels` package reads it: metadata, and a module."""
+    named = hub_kernel.write(tmp_path)
+    build = tmp_path / "build"
+    assert named == f"kernels-community/flash-attn2={build}:anyflash/flash-attn={build}"
+    metadata = json.loads((build / "torch-cpu" / "metadata.json").read_text("utf-8"))
+    assert metadata["backend"] == {"type": "cpu"}
+    spec = importlib.util.spec_from_file_location(metadata["id"], build / "torch-cpu" / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    kernel = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernel)
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        assert getattr(kernel, name).__module__.startswith("anyflash.compat.flash_attn.")
+    with pytest.raises(ValueError, match="colon"):
+        hub_kernel.write(tmp_path / "a:b")
 
 
 def test_nothing_happens_unasked() -> None:

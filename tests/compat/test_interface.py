@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -98,22 +99,49 @@ def test_operators_of_torch() -> None:
     )
 
 
-def test_compiles_whole() -> None:
-    q, k, v = arrays(dtype=torch.float32)
-    slopes = torch.rand(4)
+SLOPES = torch.rand(4)
+TERMS = {"causal": True, "window_size": (5, 0), "softcap": 9.0}
+PACKED = (starts(6, 6), starts(9, 9), 6, 9)
+COMPILED: dict[str, Callable[..., Tensor]] = {
+    "dense": lambda q, k, v: flash_attn.flash_attn_func(q, k, v, alibi_slopes=SLOPES, **TERMS),
+    "dropout": lambda q, k, v: flash_attn.flash_attn_func(q, k, v, 0.2),
+    "lse": lambda q, k, v: flash_attn.flash_attn_func(
+        q, k, v, alibi_slopes=SLOPES, causal=True, return_attn_probs=True
+    )[1],
+    "varlen": lambda q, k, v: flash_attn.flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)), *PACKED, alibi_slopes=SLOPES, **TERMS
+    ),
+    "generation 3": lambda q, k, v: generation3.flash_attn_func(q, k, v, attention_chunk=4, **TERMS),
+    "generation 4": lambda q, k, v: cute.flash_attn_func(q, k, v, causal=True, window_size=(5, None))[0],
+}
 
-    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn.flash_attn_func(
-            q, k, v, causal=True, window_size=(5, 0), softcap=9.0, alibi_slopes=slopes
-        )
-        return out.square().sum()
 
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    wanted = torch.autograd.grad(layer(*leaves), leaves)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(*leaves), leaves)
-    for got, want in zip(found, wanted, strict=True):
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_whole(name: str) -> None:
+    """fullgraph, forward and backward."""
+    function = COMPILED[name]
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    leaves = [x.requires_grad_() for x in arrays(dtype=torch.float32)]
+    found = []
+    for call in (function, compiled):
+        torch.manual_seed(0)
+        out = call(*leaves)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=name == "lse")))
+    for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(2, 0, 5), (0, 3, 5), (2, 3, 0)])
+def test_nothing_to_do(batch: int, rows: int, keys: int) -> None:
+    q = torch.randn(batch, rows, 4, 8, requires_grad=True)
+    k = torch.randn(batch, keys, 4, 8, requires_grad=True)
+    out, lse, s_dmask = flash_attn.flash_attn_func(q, k, k, 0.3, return_attn_probs=True)
+    assert (out == 0).all()
+    assert (lse == torch.inf).all()
+    assert s_dmask.shape == (batch, 4, 128 * bool(rows), 128 * bool(keys))
+    for x, grad in zip((q, k), torch.autograd.grad(out.sum(), (q, k)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
 
 
 def test_functions_of_autograd_by_position() -> None:
