@@ -51,7 +51,7 @@ def test_results_must_be_of_the_same_things() -> None:
         agreement.compare(Result({"x": EXACT}, {}), {"ours": Result({"y": EXACT}, {})}, "float32")
 
 
-@pytest.mark.parametrize(("rounds", "budget", "expected"), [(4, 60.0, 4), (50, 0.0, 3)])
+@pytest.mark.parametrize(("rounds", "budget", "expected"), [(4, 60.0, 4), (50, 0.0, 5)])
 def test_timing_takes_turns(rounds: int, budget: float, expected: int) -> None:
     order: list[Role] = []
     roles: tuple[Role, ...] = ("eager", "best", "ours")

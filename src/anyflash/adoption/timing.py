@@ -18,7 +18,7 @@ def interleaved(
 ) -> dict[Role, list[float]]:
     """Seconds of each step, per variant.
 
-    At most `rounds` rounds; after the third, none is begun that would pass `budget` seconds. The order turns
+    At most `rounds` rounds; after the fifth, none is begun that would pass `budget` seconds. The order turns
     by one from round to round. `done` is told how many rounds are behind. Every variant must have run once
     before.
     """
@@ -26,7 +26,7 @@ def interleaved(
     begin = time.perf_counter()
     for i in range(rounds):
         spent = time.perf_counter() - begin
-        if i >= 3 and spent + spent / i > budget:
+        if i >= 5 and spent + spent / i > budget:
             break
         for j in range(len(variants)):
             variant = variants[(i + j) % len(variants)]
