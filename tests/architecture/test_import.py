@@ -32,7 +32,7 @@ print(json.dumps([1e3 * (time.process_time() - before), sorted(sys.modules)]))
 
 
 def _probe(bytecode: Path) -> tuple[float, list[str]]:
-    """Processor time in ms of the import, and the modules it leaves, with bytecode kept as an installation keeps it."""
+    """Processor time in ms of the import, and the modules it leaves; bytecode is kept, as installed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
     done = subprocess.run(

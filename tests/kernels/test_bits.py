@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from anyflash.kernels.llvm import schedule, scratch
+from anyflash.kernels.llvm.gemm import RegisterTile
 from anyflash.kernels.llvm.schedule import BLOCK_K, Walk
 from kernels.cases import Array, Case, Program, draw
 from kernels.programs import floats, table
@@ -139,7 +140,7 @@ def test_register_tiles_change_speed_only(at: tuple[str, str], monkeypatch: pyte
     )
     usual = run(given, target)
     make = schedule.make_spec
-    other = {"query_vectors": 2, "tile": (4, 2)}
+    other = {"query_vectors": 2, "tile": RegisterTile(4, 2, 8)}
     monkeypatch.setattr(schedule, "make_spec", lambda *a: dataclasses.replace(make(*a), **other))
     monkeypatch.setattr(schedule, "query_vectors", lambda *a: other["query_vectors"])
     assert not same_bits(usual, run(given, target))

@@ -10,6 +10,7 @@ import pytest
 
 from anyflash.core.errors import InvalidCall
 from anyflash.kernels.llvm import schedule
+from anyflash.kernels.llvm.gemm import RegisterTile
 from anyflash.kernels.llvm.limits import TABLE_LIMIT, check_table, integers_too_wide
 from anyflash.kernels.llvm.schedule import BLOCK_K, Walk, backward_walks, table_sums
 from anyflash.kernels.llvm.spec import TASK_WORDS
@@ -137,15 +138,27 @@ def test_blocks_suit_the_registers(name: str, dtype: str, queries: int) -> None:
     given = Problem(Program(), dtype, 1, 1, 1, queries, 100, 64, 64)
     vectors = schedule.query_vectors(target, given)
     form = schedule.dot(target, dtype)
-    rows, columns = schedule.tile(target)
-    assert rows * columns + columns + 1 <= target.num_registers
-    assert 1 <= vectors <= 6
+    for _, columns, rows in schedule.tile(target).cut(vectors):
+        assert rows * columns + columns + 1 <= target.num_registers
+        assert schedule.BLOCK_K % rows == 0
+    assert 1 <= vectors <= 8
     if form == "tiles":
         assert vectors % 2 == 0
     assert schedule.block_q(given, name) == vectors * schedule.lanes(target, dtype)
     # Short calls do not compute for absent queries.
-    if vectors <= 3 and form != "tiles":
+    if form != "tiles" and -(-queries // schedule.lanes(target, dtype)) <= schedule.tile(target).columns:
         assert queries > (vectors - 1) * schedule.lanes(target, dtype)
+
+
+@pytest.mark.parametrize("tile", [RegisterTile(8, 4, 24), RegisterTile(4, 3, 12), RegisterTile(2, 8, 24)])
+def test_register_tiles_cover_what_they_cut(tile: RegisterTile) -> None:
+    for vectors in range(1, 37):
+        cuts = tile.cut(vectors)
+        assert [v for first, width, _ in cuts for v in range(first, first + width)] == list(range(vectors))
+        widths = [width for _, width, _ in cuts]
+        assert max(widths) <= tile.columns and max(widths) - min(widths) <= 1
+        for _, width, rows in cuts:
+            assert rows >= 1 and tile.rows % rows == 0 and rows * width <= tile.accumulators
 
 
 WIDE = {

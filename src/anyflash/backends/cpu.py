@@ -235,7 +235,12 @@ class CpuBackend:
             "instruction set": target.name,
             "block_q": block_q,
             "block_k": schedule.BLOCK_K,
-            "register tile": schedule.tile(target),
+            "register tiles": [
+                (rows, columns)
+                for _, columns, rows in schedule.tile(target).cut(
+                    block_q // schedule.lanes(target, problem.dtype)
+                )
+            ],
             "threads": num_threads(),
             "backward": " + ".join(w.part for w in schedule.backward_walks(problem, block_q, num_threads())),
         }

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from anyflash.kernels.llvm import gemm, layout, tiles
-from anyflash.kernels.llvm.gemm import Dot, Finish, Matrix, Start
+from anyflash.kernels.llvm.gemm import Dot, Finish, Matrix, RegisterTile, Start
 from anyflash.kernels.llvm.ir import (
     BFLOAT,
     BYTES,
@@ -46,7 +46,7 @@ class Form:
     element: str
     lanes: int
     row: int
-    tile: tuple[int, int]
+    tile: RegisterTile
     dot: Dot = field(init=False)
     row_element: str = field(init=False)
     row_lanes: int = field(init=False)
@@ -58,7 +58,7 @@ class Form:
     def __post_init__(self) -> None:
         self.dot = gemm.fma_dot(self.element, self.lanes)
         self.row_element, self.row_lanes = self.element, self.lanes
-        self.key_granule = self.tile[0]
+        self.key_granule = self.tile.rows
 
     @property
     def step(self) -> int:
@@ -133,9 +133,7 @@ class Form:
     def product(
         self, a: Matrix, y: Matrix, rows: Scalar, vectors: int, depth: Scalar, start: Start, finish: Finish
     ) -> None:
-        columns = next(w for w in (self.tile[1], 3, 2, 1) if vectors % w == 0 or vectors < w)
-        tile = self.tile[0], columns
-        gemm.product(self.b, self.dot, a, y, rows, vectors, depth, tile=tile, start=start, finish=finish)
+        gemm.product(self.b, self.dot, a, y, rows, vectors, depth, tile=self.tile, start=start, finish=finish)
 
     def guarded(
         self, a: Matrix, y: Matrix, rows: Scalar, vectors: int, depth: Scalar, probability: str, start: Start,
@@ -157,7 +155,7 @@ class PairForm(Form):
     def __post_init__(self) -> None:
         self.dot = gemm.bf16_pair_dot(self.lanes, native=self.target.bf16_dot)
         self.row_element, self.row_lanes = BFLOAT, 2 * self.lanes
-        self.key_granule = tiles.KEY_GRANULE if self.tiled else self.tile[0]
+        self.key_granule = tiles.KEY_GRANULE if self.tiled else self.tile.rows
 
     def depth(self, dim: int) -> int:
         return padded(dim, self.row_lanes) // 2 if self.tiled else -(-dim // 2)

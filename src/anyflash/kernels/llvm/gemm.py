@@ -6,9 +6,10 @@ A is read one word at a time and broadcast, so its strides are free and nothing 
 vectors of consecutive words. A word is one number of the accumulator's type (`FMA`), or two neighbouring
 bfloat16 of the contracted axis (`BF16_PAIR`, one dot-product instruction with float sums).
 
-Register budget: rows x columns accumulators, `columns` vectors of B, one broadcast of A; (8, 3) fills 28 of
-32 registers, (4, 3) 16 of 16. The contracted axis is walked in order whatever the tile, so a result does not
-depend on the tile: a configuration may change speed, never a bit.
+Register budget: rows x columns accumulators, `columns` vectors of B, one broadcast of A; of 32 registers 8 x
+3 fills 28 and 4 x 4 fills 21, of 16 registers 4 x 3 fills all. A multiply-add costs 1 / rows + 1 / columns
+loads, about half a load for each of these. The contracted axis is walked in order whatever the tile, so a
+result does not depend on the tile: a configuration may change speed, never a bit.
 """
 
 from __future__ import annotations
@@ -91,6 +92,30 @@ def _times(b: Builder, a: Scalar, c: Scalar) -> Scalar:
     return b.binary("mul", a, c)
 
 
+@dataclass(frozen=True, slots=True)
+class RegisterTile:
+    """Up to `rows` x `columns` vectors of accumulators, at most `accumulators` of them."""
+
+    rows: int
+    columns: int
+    accumulators: int
+
+    def cut(self, vectors: int) -> list[tuple[int, int, int]]:
+        """(first vector, how many, rows) of tiles that cover `vectors`, as even as can be. Rows are halved
+        until the accumulators suffice, so that whole tiles cover every multiple of `rows`."""
+        count = -(-vectors // self.columns)
+        cuts: list[tuple[int, int, int]] = []
+        first = 0
+        for i in range(count):
+            width = -(-(vectors - first) // (count - i))
+            rows = self.rows
+            while rows * width > self.accumulators:
+                rows //= 2
+            cuts.append((first, width, rows))
+            first += width
+        return cuts
+
+
 Start = Callable[[Scalar, int], Value]
 """start(row, vector) -> the accumulator's first value."""
 
@@ -107,7 +132,7 @@ def product(
     vectors: int,
     depth: Scalar,
     *,
-    tile: tuple[int, int],
+    tile: RegisterTile,
     start: Start,
     finish: Finish,
     unroll: int = 4,
@@ -116,9 +141,7 @@ def product(
 
     `rows` is a number, or a Value that is a multiple of the tile's rows; `depth` likewise of `unroll`.
     """
-    tile_rows, tile_vectors = tile
-    for first in range(0, vectors, tile_vectors):
-        width = min(tile_vectors, vectors - first)
+    for first, width, tile_rows in tile.cut(vectors):
         whole = rows if isinstance(rows, Value) else rows - rows % tile_rows
         if isinstance(whole, Value) or whole > tile_rows:
             with b.loop(0, whole, tile_rows) as row:

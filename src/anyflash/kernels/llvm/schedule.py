@@ -1,7 +1,7 @@
 """Tile sizes, and how a backward is cut into tasks.
 
     lanes = vector_bytes / itemsize        16 float on AVX-512, 8 on AVX2, 4 on NEON
-    block_q = query_vectors * lanes        3 vectors: with 8 keys they fill 24 of 32 registers
+    block_q = query_vectors * lanes        4 vectors of 32 registers, 3 of 16 (see gemm)
     block_k = 64                           S and P of a tile then stay in the first-level cache
 
 Short calls take fewer vectors, so that a decode step does not compute for absent queries. block_k must not
@@ -18,6 +18,7 @@ import numpy as np
 from anyflash.core.dtypes import kind
 from anyflash.core.view import View
 from anyflash.kernels.llvm.decode import SPLIT_KEYS
+from anyflash.kernels.llvm.gemm import RegisterTile
 from anyflash.kernels.llvm.spec import TASK_WORDS, Dot, Part, Spec, TableCode
 from anyflash.kernels.llvm.staging import loads_of, staged_axes
 from anyflash.kernels.llvm.target import Target, get_target
@@ -36,15 +37,15 @@ def lanes(target: Target, dtype: str) -> int:
     return target.vector_bytes // (8 if dtype == "float64" else 4)
 
 
-def tile(target: Target) -> tuple[int, int]:
-    """Rows and vectors of accumulators that leave registers for the operands."""
-    return (8, 3) if target.num_registers >= 32 else (4, 3)
+def tile(target: Target) -> RegisterTile:
+    """Accumulators that leave registers for the operands."""
+    return RegisterTile(8, 4, 24) if target.num_registers >= 32 else RegisterTile(4, 3, 12)
 
 
-def decode_tile(target: Target, rows: int) -> tuple[int, int]:
+def decode_tile(target: Target, rows: int) -> RegisterTile:
     """As `tile`, for products of few rows."""
-    registers = 24 if target.num_registers >= 32 else 12
-    return (rows, max(1, min(8, registers // rows)))
+    accumulators = tile(target).accumulators
+    return RegisterTile(rows, max(1, min(8, accumulators // rows)), accumulators)
 
 
 def block_q(problem: Problem, target_name: str) -> int:
@@ -63,16 +64,20 @@ def dot(target: Target, dtype: str) -> Dot:
 def query_vectors(target: Target, problem: Problem) -> int:
     """Vectors of queries a block.
 
-    Pairs of keys are interleaved anew for every block of queries, so the pair forms take blocks twice as
-    long. Tiles come two by two.
+    What a register tile holds, or a vector less where the last block then has fewer absent queries. Short
+    vectors take twice as many, so that a block's fixed work has enough queries to serve. Tiles come two by
+    two.
     """
     width = lanes(target, problem.dtype)
-    needed = -(-problem.seqlen_q // width)
-    form = dot(target, problem.dtype)
-    if form == "tiles":
+    needed = max(1, -(-problem.seqlen_q // width))
+    if dot(target, problem.dtype) == "tiles":
         return max(2, min(6, needed + needed % 2))
-    most = 3 if width >= 8 and form == "number" else 6
-    return most if needed > 3 else max(1, needed)
+    most = tile(target).columns
+    if width < 8:
+        return 2 * most if needed > most else needed
+    if needed <= most:
+        return needed
+    return min((most, 3), key=lambda vectors: -(-needed // vectors) * vectors)
 
 
 # Above this many rows a key head, a lane each, the forward is faster.

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from anyflash.kernels.llvm.gemm import RegisterTile
+
 Dot = Literal["number", "pair", "tiles"]
 Part = Literal["forward", "decode", "backward", "backward_dq", "backward_dkv"]
 ARRAYS: Mapping[Part, tuple[str, ...]] = {
@@ -39,8 +41,8 @@ class TableCode:
 @dataclass(frozen=True, slots=True)
 class Spec:
     """`dense` names the arrays whose head_dim is contiguous. Tile sizes: `query_vectors` vectors of queries
-    by `block_k` keys; `dot` is the form of the products' operands (see form) and `tile` their register tile
-    (rows, vectors). `decode_rows` counts the rows of a decode's row group; a backward that has it is for the
+    by `block_k` keys; `dot` is the form of the products' operands (see form) and `tile` their register
+    tile. `decode_rows` counts the rows of a decode's row group; a backward that has it is for the
     sequences that were decoded."""
 
     part: Part
@@ -57,7 +59,7 @@ class Spec:
     query_vectors: int
     block_k: int
     dot: Dot
-    tile: tuple[int, int]
+    tile: RegisterTile
     bounds_block: int
     decode_rows: int = 0
     ahead: frozenset[str] = frozenset()
