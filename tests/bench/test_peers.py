@@ -29,6 +29,11 @@ CELLS = [
     tiny.cell("causal", heads_kv=2),
     tiny.cell("full", heads_kv=1, seqlen_q=1, seqlen_k=300),
     tiny.cell("window", batch=1, heads=1, seqlen_q=520),
+    *(
+        tiny.cell("causal", dtype, heads_kv=2, seqlen_q=queries, seqlen_k=80, cache="dense")
+        for dtype in ("float32", "bfloat16")
+        for queries in (1, 3)
+    ),
     *(Cell("tiny", 3, 4, 40, 16, "float32", "causal", b, lengths=(40, 1, 17)) for b in (False, True)),
 ]
 

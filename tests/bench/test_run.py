@@ -18,13 +18,16 @@ CELLS = (
     tiny.cell("causal", backward=True, threads=1),
     tiny.cell("full", heads_kv=1, seqlen_q=1, seqlen_k=200, measure="memory"),
     tiny.cell("full", batch=1, heads=1, seqlen_q=16, frontend="numpy", measure="call"),
+    tiny.cell("causal", heads_kv=2, seqlen_q=1, seqlen_k=200, cache=16, measure="memory"),
 )
 
 
 @pytest.fixture(autouse=True)
 def tiny_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        grid.GRIDS, "core", grid.Grid("tiny", lambda: iter(CELLS), ("torch flash", "torch math"))
+        grid.GRIDS,
+        "core",
+        grid.Grid("tiny", lambda: iter(CELLS), ("torch flash", "torch math", "transformers")),
     )
     monkeypatch.setattr(run, "FULL", tiny.EFFORT)
     monkeypatch.setattr(run, "QUICK", tiny.EFFORT)
@@ -38,11 +41,12 @@ def test_end_to_end(tmp_path: Path) -> None:
     done = bench("--out", str(tmp_path / "out"), "--report", str(tmp_path / "docs" / "cpu.md"))
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert [r["status"] for r in found["cells"]] == ["ok"] * 3
-    compute, memory, call = found["cells"]
+    assert [r["status"] for r in found["cells"]] == ["ok"] * 4
+    compute, memory, call, cached = found["cells"]
     for record in found["cells"]:
         assert record["ours"]["seconds"] > 0
-        assert record["ratio"]["peer"] in ("torch flash", "torch math")
+        beside = ("transformers sdpa",) if record is cached else ("torch flash", "torch math")
+        assert record["ratio"]["peer"] in beside
         low, high = record["ratio"]["interval"]
         assert low <= record["ratio"]["median"] <= high
         assert {peer["status"] for peer in record["peers"]} <= {"timed", "lacks"}
@@ -69,7 +73,7 @@ def test_shown_again_without_measuring(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_wrong_kernel_ends_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = af.attention
     monkeypatch.setattr(af, "attention", lambda *qkv, **rest: 1.01 * right(*qkv, **rest))
-    done = bench("--out", str(tmp_path), "--only", "causal")
+    done = bench("--out", str(tmp_path), "--only", "causal fwd.bwd")
     assert done.exit_code == 1
     assert "disagrees" in done.output
     (record,) = json.loads((tmp_path / "bench.json").read_text())["cells"]

@@ -17,13 +17,18 @@ CELLS = [
     tiny.cell("causal", "float64", backward=True, heads_kv=2),
     tiny.cell("full", "float64", backward=True, seqlen_k=80),
     Cell("tiny", 3, 2, 9, 8, "float64", "causal", True, lengths=(9, 1, 4)),
+    *(
+        tiny.cell("causal", "float64", heads_kv=2, seqlen_q=queries, seqlen_k=80, cache=cache)
+        for queries in (1, 3)
+        for cache in ("dense", 1, 16, 256)
+    ),
 ]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_agrees_with_the_definition(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     made = inputs.make(cell)
-    for name in ("attention", "attention_varlen"):
+    for name in ("attention", "attention_varlen", "attention_kvcache"):
         call = getattr(af, name)
         monkeypatch.setattr(af, name, lambda *a, call=call, **kw: call(*a, backend="reference", **kw))
     step = ours.prepare(made)

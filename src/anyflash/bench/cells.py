@@ -20,6 +20,8 @@ class Cell:
     backward   time forward and backward together, not the forward alone
     lengths    of packed sequences; batch is then their number, and seqlen_* the longest
     threads    that everybody uses; None for the run's
+    cache      where k and v lie: in a KV cache, dense or in pages of so many slots, to which the call appends
+               those of its queries; None for plain arrays
     frontend   whose arrays are given to anyflash
     measure    what the cell shows: GFLOP/s, GB/s of keys and values, or the time of one call
     """
@@ -36,6 +38,7 @@ class Cell:
     seqlen_k: int = 0
     lengths: tuple[int, ...] = ()
     threads: int | None = None
+    cache: Literal["dense"] | int | None = None
     frontend: Frontend = "torch"
     measure: Measure = "compute"
 
@@ -59,6 +62,8 @@ class Cell:
     def name(self) -> str:
         """Unique in a grid: "float32 causal fwd+bwd 1x8x2048x64"; what `--only` is matched with."""
         parts = [self.dtype, self.variant, self.direction, self.shape]
+        if self.cache is not None:
+            parts.append("dense cache" if self.cache == "dense" else f"pages of {self.cache}")
         if self.frontend != "torch":
             parts.append(f"from {self.frontend}")
         if self.threads is not None:

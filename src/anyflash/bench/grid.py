@@ -46,6 +46,7 @@ def _full() -> Iterator[Cell]:
         yield Cell("GQA 8:1", 1, 16, 2048, 128, dtype, variant, backward, heads_kv=2)
     yield from _variants()
     yield from _decode()
+    yield from _serve()
     yield from _small()
     for dtype, backward in product(("float32", "bfloat16"), _DIRECTIONS):
         for threads in (1, 2):
@@ -95,6 +96,24 @@ def _decode() -> Iterator[Cell]:
         yield Cell(
             "decode", batch, heads, queries, 128, dtype, heads_kv=heads_kv, seqlen_k=keys, measure="memory"
         )
+
+
+def _serve() -> Iterator[Cell]:
+    rows = (
+        # batch, heads, heads_kv, queries
+        (1, 32, 8, 1),
+        (1, 32, 4, 1),
+        (1, 32, 8, 4),
+        (8, 32, 8, 1),
+        (8, 32, 4, 1),
+    )
+    for dtype, (batch, heads, heads_kv, queries), cache in product(
+        ("float32", "bfloat16"), rows, ("dense", 16, 256)
+    ):
+        yield Cell(
+            "KV cache", batch, heads, queries, 128, dtype, "causal", heads_kv=heads_kv, seqlen_k=8192,
+            cache=cache, measure="memory",
+        )  # fmt: skip
 
 
 def _small() -> Iterator[Cell]:

@@ -23,7 +23,8 @@ not timed.
 matrix products over unmasked pairs, 2 forward and 5 more backward; GB/s count q, k, v and out once. *share*
 is that of the machine's ceiling, measured in the same rounds: torch's matrix product in the same dtype (or
 float32 where that is faster), or reading memory. Decoding goes around as many sets of arrays as exceed the
-caches. In a peer's column: the ratio to it; – where it has no such feature; *missing* where it is not
+caches. Over a KV cache, a call appends the keys and values of its queries and attends to all; pages lie in
+no order. In a peer's column: the ratio to it; – where it has no such feature; *missing* where it is not
 installed; *wrong* where its result disagrees; *fails* where it raises.
 """
 

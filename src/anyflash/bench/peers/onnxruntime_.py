@@ -132,6 +132,8 @@ def _lacks(cell: Cell, dtypes: tuple[str, ...]) -> str | None:
         return "no backward"
     if cell.lengths:
         return "no packed sequences"
+    if cell.cache is not None:
+        return "no KV cache here"
     if VARIANTS[cell.variant].dropout_p:
         return "no dropout"
     return None if cell.dtype in dtypes else f"no {cell.dtype}"

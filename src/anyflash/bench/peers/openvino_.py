@@ -30,6 +30,8 @@ class OpenVino:
             return "no backward"
         if cell.lengths:
             return "no packed sequences"
+        if cell.cache is not None:
+            return "no KV cache here"
         if variant.dropout_p:
             return "no dropout"
         if variant.score is not None and not variant.additive:

@@ -25,6 +25,8 @@ class Flex:
     def lacks(self, cell: Cell) -> str | None:
         if cell.backward:
             return "no backward on CPU"
+        if cell.cache is not None:
+            return "no KV cache"
         return "no dropout" if VARIANTS[cell.variant].dropout_p else None
 
     def prepare(self, inputs: Inputs) -> Step:

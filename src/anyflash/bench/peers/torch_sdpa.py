@@ -36,6 +36,8 @@ class Flash:
 
     def lacks(self, cell: Cell) -> str | None:
         variant = VARIANTS[cell.variant]
+        if cell.cache is not None:
+            return "no KV cache"
         if variant.dropout_p:
             return "no dropout"
         if variant.score is not None and not variant.additive:
@@ -89,6 +91,8 @@ class Math:
     package = "torch"
 
     def lacks(self, cell: Cell) -> str | None:
+        if cell.cache is not None:
+            return "no KV cache"
         longest = (
             max(1, sum(n * n for n in cell.lengths))
             if cell.lengths
