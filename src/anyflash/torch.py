@@ -14,6 +14,8 @@ needs before it is loaded.
 - The CPU kernels take torch.get_num_threads() threads unless ANYFLASH_NUM_THREADS is set.
 - With layout "bhsd" the memory of `out` is ordered as "bshd", so `out.transpose(1, 2).flatten(2)` copies
   nothing.
+- `activate()` puts anyflash behind torch's own attention, `deactivate()` takes it away; see docs/systems.md.
+- `flex_attention` has the signature of torch's, and gradients on the CPU.
 
     >>> import anyflash as af, torch
     >>> q = torch.randn(1, 16, 4, 32, requires_grad=True)
@@ -26,9 +28,23 @@ needs before it is loaded.
 
 from __future__ import annotations
 
+from anyflash.adapters._pytorch.flex import flex_attention
+from anyflash.adapters.pytorch import install as activate
+from anyflash.adapters.pytorch import register as _register
+from anyflash.adapters.pytorch import remove as deactivate
 from anyflash.api import attention, attention_varlen, explain, merge, table
 from anyflash.frontends.registry import load
 
-__all__ = ["attention", "attention_varlen", "explain", "merge", "table"]
+__all__ = [
+    "activate",
+    "attention",
+    "attention_varlen",
+    "deactivate",
+    "explain",
+    "flex_attention",
+    "merge",
+    "table",
+]
 
 load("torch")
+_register()

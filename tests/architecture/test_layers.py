@@ -18,7 +18,7 @@ LAYERS = {
     "frontends": 5,
     "api": 6,
     "masks": 6,
-    "torch": 7,
+    "torch": 8,
     "adapters": 7,
     "compat": 7,
     "kvcache": 7,

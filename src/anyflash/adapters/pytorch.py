@@ -5,23 +5,24 @@
     with anyflash_for_pytorch.use():
         loss = model(x)                 # nn.TransformerEncoder, nn.MultiheadAttention, your own F.sdpa calls
 
-Inside the context (or between `install` and `remove`) that function is ours, in the whole process. The fused
-inference path of nn.TransformerEncoderLayer, which bypasses it and forms the score matrix, is switched off.
+`install` and `remove` are `anyflash.torch.activate` and `deactivate`. They use torch's registry of flash
+attentions, under the name "anyflash": `torch.nn.attention.activate_flash_attention_impl("anyflash")` does the
+same, and activating another one takes ours away. While it is active, in the whole process:
+
+- the function is ours, with all that torch itself gives to its attention of quadratic memory: dropout, masks
+  that require gradients, values of another width;
+- so are the operators below it on the CPU (_pytorch/operators.py), and with them varlen_attn;
+- the fused inference path of nn.TransformerEncoderLayer, which bypasses the function and forms the score
+  matrix, is switched off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from anyflash import api
 from anyflash.adapters.base import Target
-from anyflash.core.log import logger
-from anyflash.semantics.mask import Mask
-
-if TYPE_CHECKING:
-    import torch
 
 name = "pytorch"
 target = Target(
@@ -31,132 +32,85 @@ target = Target(
     below="2.14",
     how_to_install="pip install torch==2.13.0",
 )
+IMPLEMENTATION = "anyflash"
 
-_own: tuple[Any, bool] | None = None
+_before: str | None = None
+
+
+class _Handle:
+    """What torch's registry holds while we are active."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from anyflash.adapters._pytorch import functional, operators
+
+        torchs = torch.nn.functional
+        self._own = torchs.scaled_dot_product_attention
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        self._operators: Any = operators.register()
+        functional.torchs_own = self._own
+        torchs.scaled_dot_product_attention = functional.scaled_dot_product_attention
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def remove(self) -> None:
+        import torch
+
+        torch.nn.functional.scaled_dot_product_attention = self._own
+        torch.backends.mha.set_fastpath_enabled(self._fast_path)
+        self._operators._destroy()
+
+
+def register() -> None:
+    """Make the name known to torch's registry. Changes nothing until it is activated."""
+    from torch.nn.attention import register_flash_attention_impl
+
+    register_flash_attention_impl(IMPLEMENTATION, register_fn=_Handle)
 
 
 def install() -> None:
-    """Put anyflash in the place of `scaled_dot_product_attention`. Raises ImportError if torch is absent."""
-    global _own
-    if _own is not None:
-        return
-    import torch
+    """Activate anyflash in torch's registry. Raises ImportError if torch is absent."""
+    global _before
+    from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
+    current = current_flash_attention_impl()
+    if current == IMPLEMENTATION:
+        return
     target.warn_if_untested()
-    functional = torch.nn.functional
-    _own = functional.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
-    functional.scaled_dot_product_attention = scaled_dot_product_attention
-    torch.backends.mha.set_fastpath_enabled(False)
+    register()
+    _before = current
+    activate_flash_attention_impl(IMPLEMENTATION)
 
 
 def remove() -> None:
-    """Put torch's own function and its fast path setting back."""
-    global _own
-    if _own is None:
-        return
-    import torch
+    """Put back torch's own attention, or the implementation that was active before."""
+    global _before
+    from torch.nn.attention import (
+        activate_flash_attention_impl,
+        current_flash_attention_impl,
+        restore_flash_attention_impl,
+    )
 
-    torch.nn.functional.scaled_dot_product_attention, fast_path = _own
-    torch.backends.mha.set_fastpath_enabled(fast_path)
-    _own = None
+    if current_flash_attention_impl() != IMPLEMENTATION:
+        return
+    restore_flash_attention_impl()
+    if _before is not None:
+        activate_flash_attention_impl(_before)
+        _before = None
 
 
 @contextmanager
 def use() -> Iterator[None]:
     """`install` for the length of a `with` block. Inside an installed process it changes nothing."""
-    outermost = _own is None
+    from torch.nn.attention import current_flash_attention_impl
+
+    outermost = current_flash_attention_impl() != IMPLEMENTATION
     install()
     try:
         yield
     finally:
         if outermost:
             remove()
-
-
-def scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, computed by `anyflash.attention`.
-
-    query      (..., heads, q, head_dim); key, value (..., kv heads, k, dim); leading axes broadcast
-    attn_mask  bool, True = attend, or additive; broadcastable to (..., heads, q, k)
-    is_causal  key <= query row, both counted from 0: torch's upper-left convention; and-ed with a mask
-
-    Returns (..., heads, q, value dim). Rows without a key are 0. What we have no form for (nested tensors,
-    heads that torch would broadcast without `enable_gqa`) goes to torch's own function, and the log says so.
-    """
-    reason = _not_ours(query, key, value, attn_mask, enable_gqa)
-    if reason is not None:
-        logger.info("scaled_dot_product_attention left to torch: %s", reason)
-        return _original()(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    lead = query.shape[:-3]
-    q, k, v = (_to_four_axes(t) for t in (query, key, value))
-    mask: Any = None
-    bias: Any = None
-    if attn_mask is not None:
-        matrix = attn_mask if attn_mask.ndim <= 4 else attn_mask.flatten(0, -4)
-        mask, bias = (matrix, None) if not matrix.is_floating_point() else (None, matrix)
-    bottom_right = is_causal and q.shape[2] == k.shape[2]
-    if is_causal and not bottom_right:
-        upper_left = Mask(lambda at: at.k <= at.row)
-        mask = upper_left if mask is None else upper_left & mask
-    out = api.attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        causal=bottom_right,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        dropout_p=dropout_p,
-    ).transpose(1, 2)
-    if query.ndim == 4:
-        return out
-    return out[0] if query.ndim == 3 else out[0, 0] if query.ndim == 2 else out.unflatten(0, lead)
-
-
-def _original() -> Any:
-    if _own is not None:
-        return _own[0]
-    import torch
-
-    return torch.nn.functional.scaled_dot_product_attention
-
-
-def _to_four_axes(t: torch.Tensor) -> torch.Tensor:
-    while t.ndim < 4:
-        t = t[None]
-    return t if t.ndim == 4 else t.flatten(0, -4)
-
-
-def _not_ours(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    enable_gqa: bool,
-) -> str | None:
-    """Why torch's own function has to answer; None if ours can. Errors of a call are torch's to raise."""
-    if any(t.is_nested or not t.is_floating_point() for t in (query, key, value)):
-        return "nested or not floating point"
-    if len({t.ndim for t in (query, key, value)}) != 1 or query.ndim < 2:
-        return f"axes {query.ndim}, {key.ndim}, {value.ndim}"
-    if query.shape[:-3] != key.shape[:-3] or query.shape[:-3] != value.shape[:-3]:
-        return "leading axes to broadcast"
-    if query.ndim > 2 and not (query.shape[-3] == key.shape[-3] == value.shape[-3]) and not enable_gqa:
-        return "heads to broadcast"
-    if attn_mask is not None and query.ndim > 4 and attn_mask.shape[:-3] != query.shape[:-3]:
-        return "a mask to broadcast over more than one leading axis"
-    return None
 
 
 def self_check() -> str | None:

@@ -24,9 +24,9 @@ from transformers.masking_utils import (
 )
 
 from anyflash import api
-from anyflash.adapters._transformers.symbols import NotTraceable, conjunction, trace
+from anyflash.adapters._torch.symbols import NotTraceable, conjunction, trace_mask
 from anyflash.core.log import logger
-from anyflash.semantics.expr import Expr, var
+from anyflash.semantics.expr import Expr, const, var
 from anyflash.semantics.text import bind, show
 
 
@@ -81,7 +81,9 @@ def only_packs(mask: FormulaMask, causal: bool, sliding_window: int | None) -> b
         plain = bidirectional_mask_function
     positions, sequences = torch.zeros(2, 1, 2, dtype=torch.long)
     packed = packed_sequence_compatibility_function(plain, positions, sequences)
-    texts = [_text(trace(f, var("batch"), var("q"), var("k"))) for f in (plain, packed)]
+    # transformers itself evaluates its mask functions for head 0.
+    where = (var("batch"), const(0), var("q"), var("k"))
+    texts = [_text(trace_mask(f, *where)) for f in (plain, packed)]
     return _text(mask.formula) in texts
 
 
@@ -139,7 +141,7 @@ def mask_for_transformers(
     aligned = offset - kv_offset == kv_length - q_length
     q = _shifted(var("q"), kv_offset) if aligned else _shifted(var("row"), offset)
     try:
-        formula = trace(mask_function, var("batch"), q, _shifted(var("k"), kv_offset))
+        formula = trace_mask(mask_function, var("batch"), const(0), q, _shifted(var("k"), kv_offset))
     except NotTraceable as reason:
         logger.info("transformers mask built as a matrix: %s", reason)
         return whole()

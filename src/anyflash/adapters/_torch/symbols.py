@@ -1,8 +1,9 @@
-"""Runs a transformers mask function once with symbols, so that it leaves an expression instead of a matrix.
+"""Runs a mask or score function written with torch once with symbols: it leaves an expression, not a matrix.
 
-transformers builds every mask pattern as a function of (batch, head, query, key) indices: comparisons,
-arithmetic on indices, and lookups in small tensors (padding, document numbers, chunk starts). Called with
-`Symbol`s, such a function yields the same formula in our language, which a kernel evaluates tile by tile.
+transformers builds every mask pattern as a function of (batch, head, query, key) indices, FlexAttention masks
+and scores alike: comparisons, arithmetic, elementary functions, and lookups in tensors (padding, document
+numbers, slopes). Called with `Symbol`s, such a function yields the same formula in our language, which a
+kernel evaluates tile by tile.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from anyflash import api
-from anyflash.semantics.expr import Expr, Table, const, where
+from anyflash.semantics.expr import Expr, Table, as_float, const, exp, log, maximum, minimum, tanh, where
 
 
 class NotTraceable(TypeError):
-    """The mask function does something that has no symbol."""
+    """The function does something that has no symbol."""
 
 
 class Symbol:
-    """An `Expr` with as much of a tensor's behaviour as index-based mask functions use."""
+    """An `Expr` with as much of a tensor's behaviour as mask and score functions use."""
 
     __slots__ = ("expr",)
     device = torch.device("cpu")
@@ -42,16 +43,22 @@ class Symbol:
         return _apply(func, args, kwargs or {})
 
     def to(self, *args: object, **kwargs: object) -> Symbol:
-        """Devices and integer widths mean nothing here; a cast to bool does."""
+        """Devices and widths mean nothing here; a cast to another kind of number does."""
         dtypes = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)]
-        if not dtypes or (dtypes[0] == torch.bool) == (self.expr.kind == "bool"):
+        wanted = _kind(dtypes[0]) if dtypes else self.expr.kind
+        if wanted == self.expr.kind:
             return self
-        if dtypes[0] == torch.bool:
+        if wanted == "bool":
             return self != 0
-        raise NotTraceable(f"a {self.expr.kind} index expression made {dtypes[0]}")
+        if wanted == "float":
+            return Symbol(as_float(self.expr))
+        raise NotTraceable(f"a {self.expr.kind} expression made {dtypes[0]}")
 
     def bool(self) -> Symbol:
         return self.to(torch.bool)
+
+    def float(self) -> Symbol:
+        return self.to(torch.float32)
 
     def new_ones(self, shape: Sequence[int], **kwargs: object) -> Symbol:
         return self._filled(True, shape, kwargs)
@@ -85,6 +92,15 @@ class Symbol:
     def abs(self) -> Symbol:
         return abs(self)
 
+    def tanh(self) -> Symbol:
+        return Symbol(tanh(self.expr))
+
+    def exp(self) -> Symbol:
+        return Symbol(exp(self.expr))
+
+    def log(self) -> Symbol:
+        return Symbol(log(self.expr))
+
     def __bool__(self) -> bool:
         raise NotTraceable("a Python condition on an index")
 
@@ -103,17 +119,20 @@ def _binary(name: str, combine: Callable[[Any, Any], Any]) -> None:
         setattr(Symbol, f"__r{name}__", backward)
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne"):
     _binary(_name, getattr(operator, _name))
 
 
 def to_expr(value: object) -> Expr:
-    """The expression of a Symbol, a number, or a tensor of one element."""
+    """The expression of a Symbol, a number, or a tensor of one element; one that requires a gradient stays an
+    array, so that it gets it."""
     if isinstance(value, Symbol):
         return value.expr
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise NotTraceable(f"a tensor of shape {tuple(value.shape)} beside an index")
+        if value.requires_grad:
+            return api.table(value.reshape(1))[const(0)]
         value = value.item()
     return const(value)  # type: ignore[arg-type]
 
@@ -149,7 +168,7 @@ def _lookup(tensor: torch.Tensor, index: Any, tables: dict[Any, Table]) -> Symbo
     part = tensor[tuple(fixed.get(axis, slice(None)) for axis in range(tensor.ndim))]
     kept = tuple(expr for axis, expr in enumerate(exprs) if axis not in fixed)
     if not kept:
-        return Symbol(const(part.item()))
+        return Symbol(to_expr(part))
     key = (part.data_ptr(), part.shape, part.stride(), part.dtype)
     if key not in tables:
         tables[key] = api.table(part)
@@ -158,7 +177,7 @@ def _lookup(tensor: torch.Tensor, index: Any, tables: dict[Any, Table]) -> Symbo
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
     getattr(torch.Tensor, f"__{name}__"): getattr(operator, name)
-    for name in ("lt", "le", "gt", "ge", "eq", "ne", "floordiv", "mod")
+    for name in ("lt", "le", "gt", "ge", "eq", "ne", "floordiv", "mod", "truediv")
 }
 _OPERATORS |= {
     torch.Tensor.add: operator.add,
@@ -173,7 +192,20 @@ _OPERATORS |= {
     torch.logical_and: operator.and_,
     torch.logical_or: operator.or_,
     torch.logical_not: operator.invert,
+    torch.Tensor.__rmul__: lambda a, b: b * a,
+    torch.Tensor.__radd__: lambda a, b: b + a,
+    torch.add: operator.add,
+    torch.sub: operator.sub,
+    torch.mul: operator.mul,
+    torch.div: operator.truediv,
+    torch.neg: operator.neg,
     torch.abs: operator.abs,
+    torch.tanh: Symbol.tanh,
+    torch.exp: Symbol.exp,
+    torch.log: Symbol.log,
+    torch.sigmoid: lambda a: 1.0 / (1.0 + (-a).exp()),
+    torch.minimum: lambda a, b: Symbol(minimum(a.expr, b.expr)),
+    torch.maximum: lambda a, b: Symbol(maximum(a.expr, b.expr)),
 }
 
 
@@ -212,18 +244,25 @@ class _Lookups(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace(mask_function: Callable[..., Any], batch: Expr, q: Expr, k: Expr) -> Expr:
-    """The formula of a transformers mask function, its indices being `batch`, `q` and `k`; the head index is
-    0, as where transformers itself evaluates it.
+def trace(function: Callable[..., Any], *arguments: Expr) -> Expr:
+    """The formula that `function`, written for tensors, is of `arguments`.
 
     Raises NotTraceable if it does something that has no symbol.
     """
     try:
         with _Lookups():
-            result = mask_function(Symbol(batch), Symbol(const(0)), Symbol(q), Symbol(k))
+            return to_expr(function(*(Symbol(argument) for argument in arguments)))
     except (AttributeError, TypeError, IndexError) as error:
-        raise NotTraceable(f"{getattr(mask_function, '__name__', mask_function)}: {error}") from error
-    expr = to_expr(result)
+        raise NotTraceable(f"{getattr(function, '__name__', function)}: {error}") from error
+
+
+def trace_mask(mask_function: Callable[..., Any], batch: Expr, head: Expr, q: Expr, k: Expr) -> Expr:
+    """`trace` of a function that gives a condition."""
+    expr = trace(mask_function, batch, head, q, k)
     if expr.kind != "bool":
         raise NotTraceable(f"the mask function gave a {expr.kind}")
     return expr
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"

@@ -1,0 +1,1 @@
+"""Parts of the PyTorch adapter, one door a file."""
