@@ -1,0 +1,1 @@
+"""The part of the diffusers adapter that imports torch; loaded by `install()`."""
