@@ -134,21 +134,22 @@ def test_transformers_packed(name: str, windows: list[tuple[Any, ...]]) -> None:
     assert windows
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen 3"])
+@pytest.mark.parametrize("name", MODELS)
 def test_transformers_continuous_batching(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoding reads the cache's pages through flash_attn_with_kvcache, as transformers does on GPUs."""
+    """Decoding reads the cache's pages through flash_attn_with_kvcache, as transformers does on GPUs; where a
+    model has windows, it gathers them and calls flash_attn_varlen_func."""
     import flash_attn
     from transformers import modeling_flash_attention_utils as utils
 
-    calls = []
-    function = flash_attn.flash_attn_with_kvcache
+    called = set()
+    for function in (flash_attn.flash_attn_with_kvcache, flash_attn.flash_attn_varlen_func):
 
-    @functools.wraps(function)
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["block_table"].shape)
-        return function(*args, **kwargs)
+        @functools.wraps(function)
+        def spy(*args: Any, _function: Any = function, **kwargs: Any) -> Any:
+            called.add((_function.__name__, kwargs.get("block_table") is not None))
+            return _function(*args, **kwargs)
 
-    monkeypatch.setattr(flash_attn, "flash_attn_with_kvcache", spy)
+        monkeypatch.setattr(flash_attn, function.__name__, spy)
     monkeypatch.setattr(utils, "_loaded_implementation", None)
     llm = model(name)
     llm.set_attn_implementation("flash_attention_2")
@@ -163,7 +164,8 @@ def test_transformers_continuous_batching(name: str, monkeypatch: pytest.MonkeyP
             page_size=16, num_blocks=40, max_batch_tokens=64
         ),
     )
-    assert calls
+    assert ("flash_attn_varlen_func", False) in called
+    assert ("flash_attn_with_kvcache", True) in called or "sliding_window" in MODELS[name][1]
     llm.set_attn_implementation("eager")
     for text, request in zip(texts, sorted(found), strict=True):
         wanted = llm.generate(torch.tensor([text]), max_new_tokens=8, do_sample=False)
