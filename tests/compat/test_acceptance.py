@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,20 @@ from torch import Tensor
 from anyflash.compat import flash_attn
 from compat import plain
 
-CASES = 48
+CASES = 56
 FORWARD, GRADIENT = 2.0, 3.0
 
 AXES = {
     "dtype": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    "form": ("dense", "qkvpacked", "kvpacked", "varlen", "varlen qkvpacked", "varlen kvpacked"),
+    "form": (
+        "dense",
+        "qkvpacked",
+        "kvpacked",
+        "varlen",
+        "varlen qkvpacked",
+        "varlen kvpacked",
+        "varlen paged",
+    ),
     "dim": (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256),
     "lengths": ((57, 101), (64, 109), (57, 105), (54, 128), (128, 56), (64, 64), (1, 73), (3, 49)),
     "heads": ((6, 6), (6, 1), (6, 2)),
@@ -113,6 +122,7 @@ class Sequences:
             torch.tensor(np.cumsum([0, *lens]), dtype=torch.int32) for lens in (self.q_lens, self.k_lens)
         ]
         longest = (max(self.q_lens), max(self.k_lens))
+        read = None
         torch.manual_seed(case.seed)
         if case.form == "dense":
             found = flash_attn.flash_attn_func(q, k, v, **last)
@@ -125,12 +135,41 @@ class Sequences:
         elif case.form == "varlen kvpacked":
             kv = torch.stack((k, v), 1)
             found = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, *starts, *longest, **last)
+        elif case.form == "varlen paged":
+            found, read = self._over_pages((*leaves, *starts, *longest), last)
         else:
             qkv = torch.stack((q, k, v), 1)
             found = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, starts[0], longest[0], **last)
         out, lse, s_dmask = found
         grads = torch.autograd.grad(out, leaves, self.dout.view_as(out))
-        return out.detach().reshape(self.q.shape), s_dmask, lse.detach(), list(grads)
+        out = out.detach() if read is None else read
+        return out.reshape(self.q.shape), s_dmask, lse.detach(), list(grads)
+
+    def _over_pages(self, call: Any, last: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """The results with k and v in pages that lie in no order; and out of a call that needs no gradients,
+        which reads them there."""
+        q, k, v, *lengths = call
+        page = (1, 16, 256)[self.case.seed % 3]
+        each = [-(-n // page) for n in self.k_lens]
+        order = torch.randperm(sum(each))
+        table = torch.full((self.batch, max(each)), -1, dtype=torch.int32)
+        row = []
+        for (b, _, at), pages in zip(self.parts(), order.split(each), strict=True):
+            table[b, : len(pages)] = pages
+            slot = torch.arange(at.stop - at.start)
+            row.append(pages[slot // page] * page + slot % page)
+        shape = (sum(each) * page, *k.shape[1:])
+        k, v = (
+            x.new_full(shape, torch.nan).index_copy(0, torch.cat(row), x).unflatten(0, (-1, page))
+            for x in (k, v)
+        )
+        last["block_table"] = table
+        found = flash_attn.flash_attn_varlen_func(q, k, v, *lengths, **last)
+        if self.case.dropout_p:
+            return found, None
+        with torch.no_grad():
+            last["return_attn_probs"] = False
+            return found, flash_attn.flash_attn_varlen_func(q, k, v, *lengths, **last)
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
