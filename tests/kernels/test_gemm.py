@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anyflash.kernels.llvm import gemm, tiles
-from anyflash.kernels.llvm.gemm import Dot, Matrix
+from anyflash.kernels.llvm.gemm import Dot, Matrix, RegisterTile
 from anyflash.kernels.llvm.ir import DOUBLE, FLOAT, I64, Builder, Value
 from anyflash.kernels.llvm.target import get_target
 from anyflash.semantics.arrays import numpy_dtype
@@ -26,6 +26,8 @@ DOTS: dict[str, tuple[str, Dot]] = {
     "pairs written out": ("avx512", gemm.bf16_pair_dot(16, native=False)),
 }
 HERE = [name for name, (target, _) in DOTS.items() if usable(target)]
+
+SMALL = RegisterTile(4, 3, 12)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,14 @@ def operands(dot: Dot, rows: int, columns: int, depth: int, edit=lambda a, y: No
 
 
 def run(
-    target: str, dot: Dot, given: Operands, *, tile=(4, 3), dynamic=False, product=gemm.product, **options
+    target: str,
+    dot: Dot,
+    given: Operands,
+    *,
+    tile=SMALL,
+    dynamic=False,
+    product=gemm.product,
+    **options,
 ) -> Array:
     """1 + a y, with `a` read through strides of its own."""
     rows, depth = given.a.shape
@@ -103,7 +112,7 @@ def test_products_of_any_size(name: str, size: tuple[int, int, int]) -> None:
     target, dot = DOTS[name]
     rows, vectors, depth = size
     given = operands(dot, rows, vectors * dot.lanes, depth)
-    tile = (8, 3) if rows > 9 else (4, 2)
+    tile = RegisterTile(8, 3, 24) if rows > 9 else RegisterTile(4, 2, 8)
     assert (run(target, dot, given, tile=tile) == expected(given)).all()
 
 
@@ -111,7 +120,7 @@ def test_products_of_any_size(name: str, size: tuple[int, int, int]) -> None:
 def test_sizes_known_at_run_time(name: str) -> None:
     target, dot = DOTS[name]
     given = operands(dot, 16, 3 * dot.lanes, 12)
-    assert (run(target, dot, given, tile=(8, 3), dynamic=True) == expected(given)).all()
+    assert (run(target, dot, given, tile=RegisterTile(8, 3, 24), dynamic=True) == expected(given)).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)

@@ -102,7 +102,7 @@ class CpuBackend:
         blocks = -(-problem.seqlen_q // block_q)
         sink_sums = np.zeros((problem.batch, problem.heads_q, blocks), number)
         for walk in schedule.backward_walks(problem, block_q, threads):
-            for decoded, rows in self._ways(problem, config, operands):
+            for decoded, rows in self._ways(problem, operands):
                 self._walk(
                     problem, config, operands, saved, grads, walk, totals, sink_sums, threads, decoded, rows
                 )
@@ -155,16 +155,13 @@ class CpuBackend:
         work.run(operands, values, len(walk.tasks), threads, walk.acc_keys)
 
     @staticmethod
-    def _ways(problem: Problem, config: Config, operands: Operands) -> list[tuple[bool, int]]:
+    def _ways(problem: Problem, operands: Operands) -> list[tuple[bool, int]]:
         """(whether a backward kernel is for sequences that were decoded, up to how many rows those have)."""
         from anyflash.kernels.llvm import launch, schedule
-        from anyflash.kernels.llvm.target import get_target
 
-        if not schedule.backward_apart(problem, get_target(config.target)):
-            return [(False, -1)]
         rows = schedule.decode_rows(problem)
-        ways = [(True, rows)] if launch.any_decoded(problem, operands, rows) else []
-        return [*ways, (False, rows)] if problem.group * problem.seqlen_q > rows else ways
+        ways = [(True, rows)] if rows and launch.any_decoded(problem, operands, rows) else []
+        return [*ways, (False, rows if ways else -1)] if problem.group * problem.seqlen_q > rows else ways
 
     @staticmethod
     def _fill_rows_of_no_sequence(problem: Problem, operands: Operands, results: Results) -> None:

@@ -90,7 +90,7 @@ def _decode() -> Iterator[Cell]:
         (8, 8, 8, 1, 8192),
         (8, 32, 4, 4, 8192),
         (32, 8, 8, 1, 2048),
-        (32, 32, 4, 1, 8192),
+        (32, 32, 4, 1, 4096),
     )
     for dtype, (batch, heads, heads_kv, queries, keys) in product(("float32", "bfloat16"), rows):
         yield Cell(

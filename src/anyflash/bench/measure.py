@@ -83,7 +83,8 @@ class _Gate:
     def _expected(self, keep: torch.Tensor | None) -> Expected:
         cell = self._given.cell
         exact, plain = (truth.attention(self._given, a, keep) for a in (truth.EXACT, truth.plain(cell.dtype)))
-        return Expected(exact, plain, max(cell.seqlen_q, cell.seqlen_k))
+        group = cell.heads // cell.heads_kv
+        return Expected(exact, plain, max(group * cell.seqlen_q, cell.seqlen_k))
 
 
 def _enter(

@@ -24,8 +24,9 @@ from __future__ import annotations
 import math
 
 from anyflash.kernels.llvm import layout, philox, tiles, vmath
+from anyflash.kernels.llvm.dots import KeyRows, row_products
 from anyflash.kernels.llvm.frame import Frame, Sequence
-from anyflash.kernels.llvm.gemm import Matrix
+from anyflash.kernels.llvm.gemm import Matrix, RegisterTile
 from anyflash.kernels.llvm.ir import BYTES, I1, I32, I64, Builder, Scalar, Value, Var, vec
 from anyflash.kernels.llvm.keys import Keys
 from anyflash.kernels.llvm.scatter import Scatter
@@ -78,6 +79,8 @@ class _Backward(Frame):
         self.keys = Keys(self, frozenset("k") if self.want_dq else frozenset())
         self.spare = self.scratch(block_q * max(self.width, self.width_v, form.row_bytes(dim_v)))
         self.m, self.log2_l, self.delta = (self.scratch(self.row) for _ in range(3))
+        self.by_row = self.scratch(spec.decode_rows * block_k * self.size)
+        self.partial_sums = self.scratch(spec.decode_rows * self.lanes * self.step)
         self.bad_q, self.bad_do = b.var(I1, False), b.var(I1, False)
         self.scatter = Scatter(self, spec) if self.want_dq else None
         slopes = [] if self.scatter is None else [term.slope for term in self.scatter.terms]
@@ -96,7 +99,7 @@ class _Backward(Frame):
             self.scatter.begin(task["partial"])
         with b.loop(task["batch_begin"], task["batch_end"]) as batch:
             seq = self.sequence(batch)
-            # Where a decode made the short sequences in another form, they have a kernel of their own.
+            # Decoded sequences have a kernel of their own.
             compare = "le" if self.spec.decode_rows else "gt"
             with (
                 b.when(b.compare(compare, seq.q_len * self.word("group"), self.word("decoded_rows"))),
@@ -251,6 +254,10 @@ class _Backward(Frame):
             def store(j: Scalar, vector: int, x: Value, t: Value = target, f: Value | None = scale) -> None:
                 b.store(x if f is None else x * f, self.at(t, j, vector), self.size)
 
+            if spec.decode_rows and target is self.s:
+                self.decoded_scores(k, whole)
+                continue
+
             form.product(
                 form.dims_a(source, dim), columns, whole, spec.query_vectors, form.depth(dim),
                 lambda j, vector: b.const(0.0, self.vector), store,
@@ -272,6 +279,25 @@ class _Backward(Frame):
                 self.add_keys(left, right, width, b.at(sums, place * width), whole, bad, partial)
         if self.want_dq:
             self.add_queries(k, k_words, whole, partial)
+
+    def decoded_scores(self, k: Value, whole: Value) -> None:
+        """S of the few rows of a decode, bit for bit as it formed them; of all other rows, 0."""
+        b, spec = self.b, self.spec
+        row_bytes = spec.block_k * self.size
+
+        def store(r: int, j: Value, x: Value) -> None:
+            b.store(x, b.at(b.at(self.by_row, r * row_bytes), j * self.size), self.size)
+
+        row_products(
+            b, KeyRows(self.q_rows, self.width, self.element), KeyRows(k, self.width, self.element), whole,
+            self.dim, self.lanes, tile=RegisterTile(spec.decode_rows, 1, spec.tile.accumulators),
+            spare=self.partial_sums, store=store,
+        )  # fmt: skip
+        layout.zero(b, self.s, whole * self.row, self.element, self.lanes)
+        with b.loop(0, whole) as j:
+            for r in range(min(spec.decode_rows, self.block_q)):
+                score = b.load(self.element, b.at(b.at(self.by_row, r * row_bytes), j * self.size), self.size)
+                b.store(score, b.at(b.at(self.s, j * self.row), r * self.size), self.size)
 
     def at(self, matrix: Value, j: Scalar, vector: int) -> Value:
         return self.b.at(self.b.at(matrix, j * self.row), vector * self.step)

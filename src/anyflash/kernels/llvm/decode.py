@@ -1,8 +1,10 @@
 """Attention forward for few queries: one pass over K and V at the speed of memory.
 
-    S[r, j] = scale * Q[r, :] . K[j, :]          keys along the lanes, from a transposed block of K
-    P, m, l as in the forward, a row at a time
-    O[r, d] = a O[r, d] + sum_j P[r, j] V[j, d]  head_dim along the lanes, V as it lies
+    S[r, j] = scale * Q[r, :] . K[j, :]          head_dim along the lanes (see dots)
+    P, m, l as in the forward, a row at a time   keys along the lanes
+    O[r, d] = a O[r, d] + sum_j P[r, j] V[j, d]  head_dim along the lanes
+
+K and V are read as they lie, in the user's dtype, where their rows are whole vectors.
 
 A row r is one (query head of the group, query): all rows that read a key head are computed together, so each
 key is read once for the whole group. With a query a lane, as in the forward, most lanes would be idle here.
@@ -19,9 +21,10 @@ import math
 from dataclasses import dataclass
 
 from anyflash.kernels.llvm import layout, vmath
+from anyflash.kernels.llvm.dots import KeyRows, row_products
 from anyflash.kernels.llvm.frame import Frame, Sequence
 from anyflash.kernels.llvm.gemm import Matrix, guarded_product, product
-from anyflash.kernels.llvm.ir import I32, I64, PTR, Builder, Scalar, Value
+from anyflash.kernels.llvm.ir import BYTES, I32, I64, PTR, Builder, Scalar, Value
 from anyflash.kernels.llvm.layout import ELEMENT, UserRows
 from anyflash.kernels.llvm.spec import Spec
 from anyflash.kernels.llvm.target import Target
@@ -64,12 +67,13 @@ class _Decode(Frame):
         super().__init__(b, spec, target)
         rows, block_k = spec.decode_rows, spec.block_k
         self.vectors = range(block_k // self.lanes)
+        self.stored = ELEMENT[spec.dtype]
         self.width, self.width_v = self.dim * self.size, self.dim_v * self.size
         self.keys_row = block_k * self.size
         self.q_rows = self.scratch(rows * self.width)
-        self.k_rows = self.scratch(block_k * self.width)
-        self.v_rows = self.scratch(block_k * self.width_v)
-        self.k_t = self.scratch(self.dim * self.keys_row)
+        self.k_rows = self.scratch(block_k * self.dim * BYTES[self.stored])
+        self.v_rows = self.scratch(block_k * self.dim_v * BYTES[self.stored])
+        self.partial_sums = self.scratch(rows * self.lanes * self.step)
         self.s = self.scratch(rows * self.keys_row)
         # O, m, l of the rows, laid out as a split's partial result.
         self.o = self.scratch(partial_bytes(rows, self.dim_v, self.size))
@@ -101,7 +105,7 @@ class _Decode(Frame):
                 keys = b.min(b.const(self.spec.block_k, I64), last - key)
                 surely, possibly = self.rows_class(rows, key, keys)
                 with b.when(possibly):
-                    self.tile(rows, key, keys, surely)
+                    self.tile(rows, key, keys, surely, last)
             self.end_split(rows, index, number, split)
 
     def user_row(self, array: str, rows: _Rows, r: Value) -> UserRows:
@@ -137,29 +141,22 @@ class _Decode(Frame):
         - 1),
                               (key, key + keys - 1))  # fmt: skip
 
-    def tile(self, rows: _Rows, key: Value, keys: Value, surely: Value) -> None:
+    def tile(self, rows: _Rows, key: Value, keys: Value, surely: Value, last: Value) -> None:
         b, spec = self.b, self.spec
         partial = (surely ^ True) | b.compare("lt", keys, spec.block_k)
-        k, k_stride = self.keys_rows("k", rows, key, keys, self.k_rows)
-        layout.transpose(
-            b,
-            k,
-            k_stride,
-            self.k_t,
-            self.keys_row,
-            len(self.vectors),
-            spec.head_dim,
-            self.element,
-            self.lanes,
-        )
 
-        def store(r: Scalar, vector: int, x: Value) -> None:
-            b.store(x, b.at(b.at(self.s, r * self.keys_row), vector * self.step), self.size)
+        def store(r: int, j: Value, x: Value) -> None:
+            b.store(x, b.at(b.at(self.s, r * self.keys_row), j * self.size), self.size)
 
-        product(
-            b, self.form.dot, Matrix(self.q_rows, self.width, self.size), Matrix(self.k_t, self.keys_row,
-            self.step), self.rows_static, len(self.vectors), spec.head_dim, tile=spec.tile,
-            start=lambda r, v: b.const(0.0, self.vector), finish=store,
+        def upcoming(j: Value) -> list[tuple[Value, Scalar, int]]:
+            token = rows.seq.k_start + b.min(key + (j + spec.block_k), last - 1)
+            sources = [self.rows(array, rows.seq.batch, token, rows.kv_head) for array in ("k", "v")]
+            return [(x.row(b, 0), x.row_stride, x.columns * BYTES[self.stored]) for x in sources]
+
+        row_products(
+            b, KeyRows(self.q_rows, self.width, self.element),
+            self.keys_rows("k", rows, key, keys, self.k_rows), spec.block_k, self.dim, self.lanes,
+            tile=spec.tile, spare=self.partial_sums, store=store, upcoming=upcoming,
         )  # fmt: skip
         with b.loop(0, rows.count) as r:
             b.choose(
@@ -167,25 +164,19 @@ class _Decode(Frame):
                 lambda: self.softmax(rows, r, key, masked=True),
                 lambda: self.softmax(rows, r, key, masked=False),
             )
-        v, v_stride = self.keys_rows("v", rows, key, keys, self.v_rows)
-        self.accumulate(v, v_stride, keys, partial)
+        self.accumulate(self.keys_rows("v", rows, key, keys, self.v_rows), partial)
 
-    def keys_rows(
-        self, array: str, rows: _Rows, key: Value, keys: Value, spare: Value
-    ) -> tuple[Value, Value]:
-        """(address, stride) of a whole block of rows of k or v: in place where they can be read as
-        vectors."""
+    def keys_rows(self, array: str, rows: _Rows, key: Value, keys: Value, spare: Value) -> KeyRows:
+        """A whole block of rows of k or v: in place where they can be read as vectors."""
         b = self.b
         source = self.rows(array, rows.seq.batch, rows.seq.k_start + key, rows.kv_head)
-        stride = (self.dim if array == "k" else self.dim_v) * self.size
+        stride = (self.dim if array == "k" else self.dim_v) * BYTES[self.stored]
         place, step = b.var(PTR, spare), b.var(I64, stride)
 
         def pack() -> None:
-            layout.pack_rows(
-                b, source, spare, stride, keys, self.spec.block_k, self.element, self.lanes
-            )  # fmt: skip
+            layout.pack_rows(b, source, spare, stride, keys, self.spec.block_k, self.stored, self.lanes)
 
-        if source.dense and ELEMENT[self.spec.dtype] == self.element and source.columns % self.lanes == 0:
+        if source.dense and source.columns % self.lanes == 0:
 
             def in_place() -> None:
                 place.set(source.row(b, 0))
@@ -195,7 +186,7 @@ class _Decode(Frame):
             b.choose(whole, in_place, pack)
         else:
             pack()
-        return place.get(), step.get()
+        return KeyRows(place.get(), step.get(), self.stored)
 
     def softmax(self, rows: _Rows, r: Value, key: Value, masked: bool) -> None:
         """P of one row in place of S, its maximum, sum and the factor for what was accumulated."""
@@ -242,10 +233,11 @@ class _Decode(Frame):
             b.store(p, b.at(b.at(self.s, r * self.keys_row), v * self.step), self.size)
         b.store(total, place, self.size)
 
-    def accumulate(self, v_rows: Value, v_stride: Value, keys: Value, partial: Value) -> None:
+    def accumulate(self, rows: KeyRows, partial: Value) -> None:
         """O = rescale * O + P V. Rows past the last hold what nobody reads."""
         b, spec = self.b, self.spec
-        p, v = Matrix(self.s, self.keys_row, self.size), Matrix(v_rows, v_stride, self.step)
+        p = Matrix(self.s, self.keys_row, self.size)
+        v = Matrix(rows.pointer, rows.stride, self.lanes * BYTES[self.stored], self.stored)
         vectors = self.dim_v // self.lanes
 
         def place(r: Scalar, vector: int) -> Value:
@@ -267,15 +259,16 @@ class _Decode(Frame):
                 b, self.form.dot, p, v, self.rows_static, vectors, spec.block_k, probability="a", start=start,
                 finish=finish,
             ),
-            lambda: self.rows_not_finite(v_rows, v_stride),
+            lambda: self.rows_not_finite(rows),
             partial,
         )  # fmt: skip
 
-    def rows_not_finite(self, rows: Value, stride: Value) -> Value:
+    def rows_not_finite(self, rows: KeyRows) -> Value:
         b = self.b
         bad = b.var("i1", False)
         with b.loop(0, self.spec.block_k) as j:
-            clean = layout.all_finite(b, b.at(rows, j * stride), self.width_v, self.element, self.lanes)
+            size = self.dim_v * BYTES[self.stored]
+            clean = layout.all_finite(b, b.at(rows.pointer, j * rows.stride), size, self.stored, self.lanes)
             bad.set(bad.get() | (clean ^ True))
         return bad.get()
 

@@ -128,7 +128,7 @@ class Frame:
 
     def whole_keys(self, keys: Value) -> Value:
         """`keys` rounded up to what the products take."""
-        granule = self.form.key_granule
+        granule = max(self.form.key_granule, self.lanes) if self.spec.decode_rows else self.form.key_granule
         return (keys + (granule - 1)) / granule * granule
 
     def tile_class(

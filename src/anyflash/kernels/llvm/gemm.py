@@ -72,16 +72,23 @@ def bf16_pair_dot(lanes: int, native: bool) -> Dot:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Words at pointer + row * row_stride + column * column_stride, in bytes."""
+    """Words at pointer + row * row_stride + column * column_stride, in bytes; as B of a product, a column is
+    a vector of words. `element` is the type in memory where that is another than the words'."""
 
     pointer: Value
     row_stride: Scalar
     column_stride: Scalar
+    element: str | None = None
 
     def at(self, b: Builder, row: Scalar, column: Scalar) -> Value:
         return b.at(
             b.at(self.pointer, _times(b, row, self.row_stride)), _times(b, column, self.column_stride)
         )
+
+    def vector(self, b: Builder, dot: Dot, row: Scalar, column: Scalar) -> Value:
+        """One vector of words."""
+        value = b.load(vec(self.element or dot.word, dot.lanes), self.at(b, row, column))
+        return value if self.element is None else b.to_float(value, dot.word)
 
 
 def _times(b: Builder, a: Scalar, c: Scalar) -> Scalar:
@@ -171,11 +178,9 @@ def _tile(
     row_of = [row + x for x in range(rows)]
     acc: list[list[Var]] = [[b.var(dot.vector, start(r, first + v)) for v in range(width)] for r in row_of]
     a_rows = [a.at(b, r, 0) for r in row_of]
-    y_first = b.at(y.pointer, first * dot.vector_bytes)
 
     def step(k: Scalar) -> None:
-        row_k = b.at(y_first, _times(b, k, y.row_stride))
-        b_vectors = [b.load(dot_vector(dot), b.at(row_k, v * dot.vector_bytes)) for v in range(width)]
+        b_vectors = [y.vector(b, dot, k, first + v) for v in range(width)]
         for x in range(rows):
             word = b.load(dot.word, b.at(a_rows[x], _times(b, k, a.column_stride)))
             broadcast = b.splat(word, dot.lanes)
@@ -186,11 +191,6 @@ def _tile(
     for x, r in enumerate(row_of):
         for v in range(width):
             finish(r, first + v, acc[x][v].get())
-
-
-def dot_vector(dot: Dot) -> str:
-    """The type of one vector of B's words."""
-    return vec(dot.word, dot.lanes)
 
 
 def _walk(b: Builder, depth: Scalar, unroll: int, step: Callable[[Scalar], None]) -> None:
@@ -229,7 +229,7 @@ def guarded_product(
         with b.loop(0, rows) as row:
             acc = b.var(dot.vector, start(row, v))
             with b.loop(0, depth) as k:
-                y_vector = b.load(dot_vector(dot), b.at(y.at(b, k, 0), v * dot.vector_bytes))
+                y_vector = y.vector(b, dot, k, v)
                 a_vector = b.splat(b.load(dot.word, a.at(b, row, k)), dot.lanes)
                 acc.set(_guarded(b, dot, a_vector, y_vector, probability == "a", acc.get()))
             finish(row, v, acc.get())

@@ -275,6 +275,11 @@ class Builder:
     def load(self, type_: str, pointer: Value, align: int = 1) -> Value:
         return self.value(f"load {type_}, ptr {pointer.name}, align {align}", type_)
 
+    def prefetch(self, pointer: Value) -> None:
+        """Ask for a cache line, into the second level, that will be read. Any address will do."""
+        self.declarations.add("declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)")
+        self.emit(f"call void @llvm.prefetch.p0(ptr {pointer.name}, i32 0, i32 2, i32 1)")
+
     def store(self, value: Value, pointer: Value, align: int = 1) -> None:
         self.emit(f"store {value.type} {value.name}, ptr {pointer.name}, align {align}")
 

@@ -259,12 +259,13 @@ def zero(b: Builder, target: Value, size: Scalar, element: str, lanes: int) -> N
 
 
 def all_finite(b: Builder, source: Value, size: Scalar, element: str, lanes: int) -> Value:
-    """Whether no number in `size` bytes of scratch is NaN or infinite (i1): x * 0 is 0 for the others
-    only."""
-    vector = vec(element, lanes)
+    """Whether no number in `size` bytes is NaN or infinite (i1): x * 0 is 0 for the others only."""
+    wide = element if element in (FLOAT, DOUBLE) else FLOAT
+    vector = vec(wide, lanes)
     sums = b.var(vector, b.const(0.0, vector))
     with b.loop(0, size, lanes * BYTES[element]) as offset:
-        sums.set(b.fma(b.load(vector, b.at(source, offset), BYTES[element]), 0.0, sums.get()))
+        number = convert(b, b.load(vec(element, lanes), b.at(source, offset), BYTES[element]), wide)
+        sums.set(b.fma(number, 0.0, sums.get()))
     clean = b.compare("eq", sums.get(), 0.0)
     if lanes == 1:
         return clean

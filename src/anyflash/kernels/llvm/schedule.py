@@ -97,21 +97,6 @@ def decode_rows(problem: Problem) -> int:
     return next(n for n in (1, 2, 4, 8) if n >= rows)
 
 
-def operand_form(problem: Problem, part: Part, target: Target) -> Dot:
-    """The form of a kernel's operands. The backward forms its scores as the decode did, if that made all of
-    them."""
-    if part == "decode" or (part != "forward" and not problem.packed_q and decode_rows(problem)):
-        return "number"
-    return dot(target, problem.dtype)
-
-
-def backward_apart(problem: Problem, target: Target) -> bool:
-    """Whether a backward takes the sequences that were decoded by themselves: their scores were formed
-    otherwise than those of longer ones."""
-    apart = problem.packed_q and decode_rows(problem) > 0
-    return apart and operand_form(problem, "forward", target) != "number"
-
-
 # What a thread may hold of K and V in the form of the products. Beyond, each tile makes its own.
 _MOST_AHEAD = 1 << 26
 
@@ -226,7 +211,8 @@ def make_spec(
     ahead: frozenset[str],
     decoded: bool = False,
 ) -> Spec:
-    """`decoded` makes a backward for those sequences of a packed call that were decoded."""
+    """`decoded` makes a backward for sequences that were decoded. A backward forms its scores as its forward
+    did, or exp(score - maximum) would be another's."""
     program = problem.program
     vectors = query_vectors(target, problem)
     return Spec(
@@ -243,8 +229,7 @@ def make_spec(
         dense=dense,
         query_vectors=vectors,
         block_k=BLOCK_K,
-        # A backward forms its scores as its forward did, or exp(score - maximum) would be another's.
-        dot="number" if decoded else operand_form(problem, part, target),
+        dot="number" if decoded or part == "decode" else dot(target, problem.dtype),
         tile=decode_tile(target, decode_rows(problem)) if part == "decode" else tile(target),
         bounds_block=bounds_block(vectors * lanes(target, problem.dtype)),
         decode_rows=decode_rows(problem) if part == "decode" or decoded else 0,
