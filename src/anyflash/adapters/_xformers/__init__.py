@@ -1,0 +1,1 @@
+"""The parts of the xformers adapter that import xformers; loaded by `install()`."""
