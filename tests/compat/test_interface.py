@@ -194,6 +194,13 @@ def test_extension_module_by_position() -> None:
     torch.testing.assert_close(dq.view_as(q), want[0])
 
 
+def test_packed_heads_of_generation_3() -> None:
+    """qkv of four axes: `num_heads_q` query heads, then those of the keys and of the values."""
+    q, k, v = (torch.randn(2, 7, heads, 16) for heads in (6, 2, 2))
+    found = generation3.flash_attn_qkvpacked_func(torch.cat((q, k, v), 2), causal=True, num_heads_q=6)
+    assert torch.equal(found, generation3.flash_attn_func(q, k, v, causal=True))
+
+
 @pytest.mark.parametrize("module", [generation3, cute.interface], ids=["3", "4"])
 def test_combine(module: ModuleType) -> None:
     q, k, v = arrays()
