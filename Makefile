@@ -57,6 +57,10 @@ $(VENV)/programs: $(VENV)/ready
 	for program in "labml labml-nn" xformers \
 		"diffusers requests urllib3 charset-normalizer certifi importlib_metadata zipp"; do \
 		$(PIP) --no-deps $$program || echo "cannot be installed here: $$program"; done
+	# DeepSpeed is built from source, which asks for torch while it is; none of its kernels are compiled.
+	$(PIP) setuptools wheel pydantic && $(PIP) --no-deps hjson ninja py-cpuinfo msgpack einops \
+		&& DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation deepspeed \
+		|| echo "cannot be installed here: deepspeed"
 	touch $@
 
 # The packages that are compared with. Where one cannot be installed, the table shows it as missing.

@@ -53,7 +53,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     _no_dropout(dropout_p)
     keywords = program(query.shape[2], key.shape[2], attn_mask, is_causal)
-    out, lse = explicit.forward(*(t.transpose(1, 2) for t in (query, key, value)), scale=scale, **keywords)
+    out, lse, _ = explicit.forward(*(t.transpose(1, 2) for t in (query, key, value)), scale=scale, **keywords)
     return _as_strided_like(out.transpose(1, 2), query), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -111,7 +111,7 @@ def _varlen_forward(
         out, lse = attention_kvcache(query, cache, cu_seqlens_q=cum_seq_q, return_lse=True, **keywords)
     else:
         lengths = _lengths(cum_seq_q, cum_seq_k, seqused_k)
-        out, lse = explicit.forward(query, key, value, lengths=lengths, **keywords)
+        out, lse, _ = explicit.forward(query, key, value, lengths=lengths, **keywords)
     state, unused = query.new_zeros(2, dtype=torch.uint64), query.new_zeros((), dtype=torch.uint64)
     return out, lse, state, unused, query.new_empty(0)
 

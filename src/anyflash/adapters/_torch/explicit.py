@@ -1,7 +1,7 @@
-"""Attention as two calls, for doors below autograd: those keep (out, lse) and ask for gradients themselves.
+"""Attention as two calls, for doors below autograd: those keep its results and ask for gradients themselves.
 
-The gradients start from lse alone. Where a row's scores are all huge negatives, an lse in float32 has rounded
-away what they differ by; a door that carries no more than lse cannot do better.
+Where a row's scores are all huge negatives, an lse in float32 has rounded away what they differ by. A door
+that lets us keep `stats` has the right gradient there too; one that carries no more than lse cannot.
 """
 
 from __future__ import annotations
@@ -47,15 +47,14 @@ def forward(
     lengths: Lengths | None = None,
     seed: int | None = None,
     **keywords: Any,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `anyflash.attention`, or of `attention_varlen` if `lengths` are given; no autograd.
+) -> base.Forward:
+    """(out, lse, stats) of `anyflash.attention`, or of `attention_varlen` with `lengths`; no autograd.
 
     q, k, v    (B, T, H, D), or (total, H, D) packed
     seed       needed with dropout
     keywords   those of the public call that make up its program
     """
-    made = base.forward(FRONTEND, _request(q, k, v, lengths, seed, keywords))
-    return made.out, made.lse
+    return base.forward(FRONTEND, _request(q, k, v, lengths, seed, keywords))
 
 
 def backward(
@@ -64,28 +63,36 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     *,
+    stats: Tensor | None = None,
     lengths: Lengths | None = None,
     seed: int | None = None,
     bias: Sequence[Tensor] = (),
     wanted: Sequence[bool] = (),
     **keywords: Any,
 ) -> Gradients:
-    """Gradients of the call of `forward` that gave `out` and `lse`; of `bias[i]` where `wanted[i]`."""
+    """Gradients of the call of `forward` that gave `out` and `lse`, or `stats`; of `bias[i]` where
+    `wanted[i]`."""
     request = _request(q, k, v, lengths, seed, {**keywords, "bias": list(bias) or None})
     places = [request.names.index(f"bias[{i}]") for i in range(len(bias))]
     wants = [False] * len(request.names)
     for place, want in zip(places, wanted, strict=False):
         wants[place] = want
-    problem, operands = base.describe_request(FRONTEND, request)
-    lse = lse.to(statistic(q)).contiguous()
-    stats = lse.new_empty((2, *lse.shape))
-    plan.restate(problem, operands.q.device, view(lse), view(stats))
+    if stats is None:
+        assert lse is not None
+        stats = _restated(request, lse.to(statistic(q)).contiguous())
     found = base.backward(FRONTEND, request, out, stats, dout, needs_grad=tuple(wants))
     grads = [found.tables[place] for place in places]
     shaped = [g if g is None else g.reshape(b.shape) for g, b in zip(grads, bias, strict=True)]
     return Gradients(found.dq, found.dk, found.dv, tuple(shaped))
+
+
+def _restated(request: Request, lse: Tensor) -> Tensor:
+    problem, operands = base.describe_request(FRONTEND, request)
+    stats = lse.new_empty((2, *lse.shape))
+    plan.restate(problem, operands.q.device, view(lse), view(stats))
+    return stats
 
 
 def draw_seed() -> int:

@@ -11,6 +11,8 @@ What transformers hands over, and where its conventions differ from ours:
     s_aux           (heads,) logits that join the denominator
     position_bias   (1 or batch, heads, q, k), added to the scores, with gradient
     indices         (batch, q, chosen) keys of sparse attention: all others are masked
+    position_ids    (batch, q), looked at without a mask only, as DeepSpeed's Ulysses calls: positions that
+                    restart mark packed sequences
     result          (batch, q, heads, head_dim), and None for the weights, which are never formed
 """
 
@@ -24,6 +26,7 @@ import torch
 from anyflash import api
 from anyflash.adapters._transformers.mask import FormulaMask, only_packs
 from anyflash.core.errors import Unsupported
+from anyflash.semantics.mask import Mask
 
 
 def attention_for_transformers(
@@ -42,6 +45,7 @@ def attention_for_transformers(
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     cache: object = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -84,9 +88,12 @@ def attention_for_transformers(
         written = q.shape[1]
         k, v = k[:, :written], v[:, :written]
         position_bias = None if position_bias is None else position_bias[..., :written]
+    packing = _packing(position_ids, q.shape[1], k.shape[1]) if attention_mask is None else None
     if indices is not None:
         attention_mask = _only(indices, attention_mask, k.shape[1])
     mask, biases = _mask(attention_mask, q, k)
+    if packing is not None:
+        mask = packing if mask is None else packing & mask
     biases = biases if position_bias is None else [position_bias, *biases]
     out = api.attention(q, k, v, causal=is_causal, mask=mask, bias=biases or None, **score)
     return out.contiguous(), None
@@ -113,6 +120,22 @@ def _mask(
         attention_mask = attention_mask.build()
     matrix = attention_mask[..., : k.shape[1]]
     return (matrix, []) if matrix.dtype == torch.bool else (None, [matrix])
+
+
+def _packing(position_ids: torch.Tensor | None, rows: int, keys: int) -> Mask | None:
+    """Tokens see those of their own sequence, where positions restart."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != rows or rows != keys:
+        return None
+    # While torch traces, values must not decide anything; a mask is there then.
+    if torch.compiler.is_compiling():
+        return None
+    starts = position_ids.diff(dim=1) != 1
+    if not bool(starts.any()):
+        return None
+    sequence = api.table(torch.nn.functional.pad(starts.cumsum(1), (1, 0)).to(torch.int32).contiguous())
+    if sequence.array.shape[0] == 1:
+        return Mask(lambda at: sequence[0, at.row] == sequence[0, at.k])
+    return Mask(lambda at: sequence[at.batch, at.row] == sequence[at.batch, at.k])
 
 
 def _only(indices: torch.Tensor, attention_mask: torch.Tensor | None, keys: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ class FwOp(_Capabilities, AttentionFwOpBase):
             )
         seed = explicit.draw_seed() if inp.p else None
         q, k, v = _arrays(inp, what, shared=True)
-        out, lse = explicit.forward(q, k, v, **_call(inp, what, seed), bias=_listed(what) or None)
+        out, lse, _ = explicit.forward(q, k, v, **_call(inp, what, seed), bias=_listed(what) or None)
         groups = inp.query.shape[2:-1]
         out = _batched(out, what).unflatten(2, groups).to(inp.get_output_dtype())
         lse = (lse[None] if what.lengths is not None else lse).unflatten(1, groups)

@@ -1,0 +1,1 @@
+"""The parts of the DeepSpeed adapter that import DeepSpeed; loaded by `install()`."""
