@@ -83,7 +83,7 @@ def run(
     """Results by name: out, lse, stats, dq, dk, dv, table0 .., dsinks. No byte beside a result may change."""
     given = draw(case)
     problem = given.problem
-    config = Config(target_name)
+    config = Config(target_name, schedule.decode_rows(problem))
     kind, statistic = numpy_dtype(problem.dtype), numpy_dtype(accumulate(problem.dtype))
     blocks: dict[str, Block] = {}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from anyflash.kernels.llvm import schedule, scratch
-from anyflash.kernels.llvm.gemm import RegisterTile
 from anyflash.kernels.llvm.schedule import BLOCK_K, Walk
+from anyflash.kernels.llvm.spec import RegisterTile
 from kernels.cases import Array, Case, Program, draw
 from kernels.programs import floats, table
 from kernels.run import COMBINATIONS, check, run, same_bits

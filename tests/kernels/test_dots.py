@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from anyflash.kernels.llvm.dots import KeyRows, row_products
-from anyflash.kernels.llvm.gemm import RegisterTile
 from anyflash.kernels.llvm.ir import BFLOAT, DOUBLE, FLOAT, HALF, Builder, Value
+from anyflash.kernels.llvm.spec import RegisterTile
 from anyflash.semantics.arrays import numpy_dtype
 from kernels.cases import Array
 from kernels.functions import compiled, pointer, usable

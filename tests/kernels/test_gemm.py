@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from anyflash.kernels.llvm import gemm, tiles
-from anyflash.kernels.llvm.gemm import Dot, Matrix, RegisterTile
+from anyflash.kernels.llvm.gemm import Dot, Matrix
 from anyflash.kernels.llvm.ir import DOUBLE, FLOAT, I64, Builder, Value
+from anyflash.kernels.llvm.spec import RegisterTile
 from anyflash.kernels.llvm.target import get_target
 from anyflash.semantics.arrays import numpy_dtype
 from kernels.cases import Array

@@ -16,9 +16,8 @@ import pytest
 
 from anyflash.core.dtypes import ITEMSIZE
 from anyflash.kernels.llvm import launch, pool, schedule
-from anyflash.kernels.llvm.decode import partial_bytes
 from anyflash.kernels.llvm.layout import padded
-from anyflash.kernels.llvm.spec import ARRAYS, TASK_WORDS, Spec
+from anyflash.kernels.llvm.spec import ARRAYS, TASK_WORDS, Spec, partial_bytes
 from anyflash.kernels.llvm.target import Target
 from neon import runner
 

@@ -25,10 +25,11 @@ _ALONE = 1 << 19
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The instruction set that kernels are compiled for. `launches` keeps what was prepared for strides met
-    before."""
+    """The instruction set that kernels are compiled for, and up to how many rows of a key head are decoded.
+    `launches` keeps what was prepared for strides met before."""
 
     target: str
+    decoded_rows: int
     launches: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -54,24 +55,28 @@ class CpuBackend:
         return integers_too_wide(problem)
 
     def configure(self, problem: Problem) -> Config:
+        from anyflash.kernels.llvm.schedule import decode_rows
         from anyflash.kernels.llvm.target import host_target
 
-        return Config(host_target().name)
+        return Config(host_target().name, decode_rows(problem))
 
     def forward(self, problem: Problem, config: Config, operands: Operands, results: Results) -> None:
-        from anyflash.kernels.llvm import launch, schedule
-
-        self._fill_rows_of_no_sequence(problem, operands, results)
-        if problem.batch == 0 or 0 in results.out.shape:
+        if operands.cu_seqlens_q is not None:
+            self._fill_rows_of_no_sequence(problem, operands, results)
+        out, decoded = results.out, config.decoded_rows
+        if problem.batch == 0 or 0 in out.shape:
             return
-        arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out": results.out}
+        arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out": out}
         rows = {"lse": results.lse, "stats": results.stats}
-        values = launch.addresses([*arrays.items(), *rows.items()])
-        values["decoded_rows"] = decoded = schedule.decode_rows(problem)
-        if decoded and launch.any_decoded(problem, operands, decoded):
-            work = self._launch(problem, "decode", config, arrays, rows, operands.tables, {})
-            tasks = problem.batch * problem.heads_kv * schedule.splits(problem)
-            work.run(operands, dict(values), tasks, _threads(problem), 0)
+        values = {name: view.ptr for name, view in arrays.items()}
+        values |= {"lse": results.lse.ptr, "stats": results.stats.ptr, "decoded_rows": decoded}
+        if decoded:
+            from anyflash.kernels.llvm import launch, schedule
+
+            if launch.any_decoded(problem, operands, decoded):
+                work = self._launch(problem, "decode", config, arrays, rows, operands.tables, {})
+                tasks = problem.batch * problem.heads_kv * schedule.splits(problem)
+                work.run(operands, values.copy(), tasks, _threads(problem), 0)
         if problem.group * problem.seqlen_q > decoded:
             work = self._launch(problem, "forward", config, arrays, rows, operands.tables, {})
             tasks = problem.batch * problem.heads_q * work.num_q_blocks
@@ -102,7 +107,7 @@ class CpuBackend:
         blocks = -(-problem.seqlen_q // block_q)
         sink_sums = np.zeros((problem.batch, problem.heads_q, blocks), number)
         for walk in schedule.backward_walks(problem, block_q, threads):
-            for decoded, rows in self._ways(problem, operands):
+            for decoded, rows in self._ways(problem, config, operands):
                 self._walk(
                     problem, config, operands, saved, grads, walk, totals, sink_sums, threads, decoded, rows
                 )
@@ -155,11 +160,11 @@ class CpuBackend:
         work.run(operands, values, len(walk.tasks), threads, walk.acc_keys)
 
     @staticmethod
-    def _ways(problem: Problem, operands: Operands) -> list[tuple[bool, int]]:
+    def _ways(problem: Problem, config: Config, operands: Operands) -> list[tuple[bool, int]]:
         """(whether a backward kernel is for sequences that were decoded, up to how many rows those have)."""
-        from anyflash.kernels.llvm import launch, schedule
+        from anyflash.kernels.llvm import launch
 
-        rows = schedule.decode_rows(problem)
+        rows = config.decoded_rows
         ways = [(True, rows)] if rows and launch.any_decoded(problem, operands, rows) else []
         return [*ways, (False, rows if ways else -1)] if problem.group * problem.seqlen_q > rows else ways
 
@@ -193,15 +198,8 @@ class CpuBackend:
         gradient_strides: dict[int, tuple[int, ...]],
         decoded: bool = False,
     ) -> Any:
-        key = (
-            part,
-            decoded,
-            *[v.strides for v in arrays.values()],
-            *rows,
-            *[v.strides for v in rows.values()],
-            *[v.strides for v in tables],
-            *gradient_strides.items(),
-        )
+        views = (*arrays.values(), *rows.values(), *tables)
+        key = (part, decoded, *rows, *[view.strides for view in views], *gradient_strides.items())
         found = config.launches.get(key)
         if found is None:
             from anyflash.kernels.llvm.launch import Launch

@@ -53,7 +53,9 @@ def forget() -> None:
 def run_forward(problem: Problem, operands: Operands, results: Results, backend: str | None = None) -> None:
     """Write the forward of `problem` into `results`. Raises InvalidCall before anything is written if they do
     not fit, and as `choose` does."""
-    execute_forward(plan(problem, operands.q.device, backend), operands, results)
+    made = plan(problem, operands.q.device, backend)
+    check_forward(problem, results)
+    execute_forward(made, operands, results)
 
 
 def run_backward(
@@ -70,8 +72,7 @@ def restate(problem: Problem, device: Device, lse: View, stats: View, backend: s
 
 
 def execute_forward(made: Plan, operands: Operands, results: Results) -> None:
-    """Run a plan forward."""
-    check_forward(made.problem, results)
+    """Run a plan forward into results that fit it."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("forward on %s: %r %r", made.backend.name, made.problem, operands)
     guard(made.backend, "running forward", made.backend.forward, made.problem, made.config, operands, results)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import secrets
+import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,9 @@ class Numpy:
     name = "numpy"
 
     def owns(self, kind: type) -> bool:
-        return issubclass(kind, np.ndarray) and not issubclass(kind, np.ma.MaskedArray)
+        # A masked array exists only once numpy.ma does, whose import would be a third of a first call.
+        masked = sys.modules.get("numpy.ma")
+        return issubclass(kind, np.ndarray) and not (masked and issubclass(kind, masked.MaskedArray))
 
     def dtype(self, array: NDArray[Any]) -> str:
         dtype = array.dtype
@@ -83,7 +86,7 @@ class Numpy:
 
     def attend(self, request: base.Request) -> tuple[NDArray[Any], NDArray[Any]]:
         if request.seed is None and request.dropout:
-            request.seed = secrets.randbits(SEED_BITS)
+            request.seed = int.from_bytes(os.urandom(8), "little") >> (64 - SEED_BITS)
         found = base.forward(self, request)
         return found.out, found.lse
 

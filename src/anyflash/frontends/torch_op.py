@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyflash.core.errors import InvalidCall
 from anyflash.core.view import View
-from anyflash.dispatch.plan import run_backward, run_forward
+from anyflash.dispatch.plan import execute_forward, plan, run_backward
 from anyflash.frontends.torch_arrays import fake_results, new_results, statistic, view
 from anyflash.semantics.describe import describe
 from anyflash.semantics.operands import Gradients, Operands, Saved
@@ -55,7 +55,7 @@ def forward_kernel(
     problem, operands = _describe(q, k, v, tables, sinks, rest)
     layout, backend = rest[-2:]
     made, results = new_results(layout, q, v)
-    run_forward(problem, operands, results, backend)
+    execute_forward(plan(problem, operands.q.device, backend), operands, results)
     return made
 
 

@@ -24,13 +24,13 @@ from __future__ import annotations
 import math
 
 from anyflash.kernels.llvm import layout, philox, tiles, vmath
-from anyflash.kernels.llvm.dots import KeyRows, row_products
+from anyflash.kernels.llvm.dots import KeyRows, columns_of_products
 from anyflash.kernels.llvm.frame import Frame, Sequence
-from anyflash.kernels.llvm.gemm import Matrix, RegisterTile
+from anyflash.kernels.llvm.gemm import Matrix
 from anyflash.kernels.llvm.ir import BYTES, I1, I32, I64, Builder, Scalar, Value, Var, vec
 from anyflash.kernels.llvm.keys import Keys
 from anyflash.kernels.llvm.scatter import Scatter
-from anyflash.kernels.llvm.spec import TASK_WORDS, Spec
+from anyflash.kernels.llvm.spec import TASK_WORDS, RegisterTile, Spec
 from anyflash.kernels.llvm.staging import Staging
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.derivative import derivative
@@ -282,22 +282,14 @@ class _Backward(Frame):
 
     def decoded_scores(self, k: Value, whole: Value) -> None:
         """S of the few rows of a decode, bit for bit as it formed them; of all other rows, 0."""
-        b, spec = self.b, self.spec
-        row_bytes = spec.block_k * self.size
-
-        def store(r: int, j: Value, x: Value) -> None:
-            b.store(x, b.at(b.at(self.by_row, r * row_bytes), j * self.size), self.size)
-
-        row_products(
-            b, KeyRows(self.q_rows, self.width, self.element), KeyRows(k, self.width, self.element), whole,
-            self.dim, self.lanes, tile=RegisterTile(spec.decode_rows, 1, spec.tile.accumulators),
-            spare=self.partial_sums, store=store,
+        tile = RegisterTile(self.spec.decode_rows, 1, self.spec.tile.accumulators)
+        layout.zero(self.b, self.s, whole * self.row, self.element, self.lanes)
+        columns_of_products(
+            self.b, KeyRows(self.q_rows, self.width, self.element),
+            KeyRows(k, self.width, self.element), whole, self.dim, self.lanes, tile=tile,
+            spare=self.partial_sums, by_row=self.by_row, target=self.s,
+            target_stride=self.row, rows=min(tile.rows, self.block_q),
         )  # fmt: skip
-        layout.zero(b, self.s, whole * self.row, self.element, self.lanes)
-        with b.loop(0, whole) as j:
-            for r in range(min(spec.decode_rows, self.block_q)):
-                score = b.load(self.element, b.at(b.at(self.by_row, r * row_bytes), j * self.size), self.size)
-                b.store(score, b.at(b.at(self.s, j * self.row), r * self.size), self.size)
 
     def at(self, matrix: Value, j: Scalar, vector: int) -> Value:
         return self.b.at(self.b.at(matrix, j * self.row), vector * self.step)

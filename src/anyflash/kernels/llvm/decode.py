@@ -26,10 +26,8 @@ from anyflash.kernels.llvm.frame import Frame, Sequence
 from anyflash.kernels.llvm.gemm import Matrix, guarded_product, product
 from anyflash.kernels.llvm.ir import BYTES, I32, I64, PTR, Builder, Scalar, Value
 from anyflash.kernels.llvm.layout import ELEMENT, UserRows
-from anyflash.kernels.llvm.spec import Spec
+from anyflash.kernels.llvm.spec import SPLIT_KEYS, Spec, partial_bytes
 from anyflash.kernels.llvm.target import Target
-
-SPLIT_KEYS = 1024
 
 
 def emit_decode(spec: Spec, target: Target) -> tuple[str, int, int]:
@@ -39,11 +37,6 @@ def emit_decode(spec: Spec, target: Target) -> tuple[str, int, int]:
     with b.forever() as done:
         kernel.task(b.atomic_increment(kernel.pointer("counter")), done)
     return b.text(), kernel.scratch_bytes, 0
-
-
-def partial_bytes(rows: int, dim_v: int, size: int) -> int:
-    """Shared memory of one split: O, then m, then l of every row; `dim_v` padded to vectors."""
-    return rows * (dim_v + 2) * size
 
 
 @dataclass(frozen=True)

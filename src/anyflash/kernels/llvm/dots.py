@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from anyflash.kernels.llvm.gemm import RegisterTile
 from anyflash.kernels.llvm.ir import BYTES, Builder, Scalar, Value, lanes_of, vec
 from anyflash.kernels.llvm.layout import convert
+from anyflash.kernels.llvm.spec import RegisterTile
 
 _LINE = 64
 
@@ -110,6 +110,36 @@ def row_products(
             ]
         for r, row in enumerate(rows):
             store(r, first, sums_of_lanes(b, row))
+
+
+def columns_of_products(
+    b: Builder,
+    q: KeyRows,
+    k: KeyRows,
+    num_keys: Value,
+    columns: int,
+    lanes: int,
+    *,
+    tile: RegisterTile,
+    spare: Value,
+    by_row: Value,
+    target: Value,
+    target_stride: int,
+    rows: int,
+) -> None:
+    """The same products as target[key, row], of the first `rows` rows. `by_row` takes tile.rows rows of
+    `num_keys` numbers."""
+    size = BYTES[q.element]
+    row_bytes = num_keys * size
+
+    def store(r: int, j: Value, x: Value) -> None:
+        b.store(x, b.at(b.at(by_row, row_bytes * r), j * size), size)
+
+    row_products(b, q, k, num_keys, columns, lanes, tile=tile, spare=spare, store=store)
+    with b.loop(0, num_keys) as j:
+        for r in range(rows):
+            score = b.load(q.element, b.at(b.at(by_row, row_bytes * r), j * size), size)
+            b.store(score, b.at(b.at(target, j * target_stride), r * size), size)
 
 
 def sums_of_lanes(b: Builder, vectors: list[Value]) -> Value:

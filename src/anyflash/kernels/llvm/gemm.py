@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from anyflash.kernels.llvm.ir import BYTES, FLOAT, I32, Builder, Scalar, Value, Var, size_of, vec
+from anyflash.kernels.llvm.spec import RegisterTile
 
 
 @dataclass(frozen=True)
@@ -97,30 +98,6 @@ def _times(b: Builder, a: Scalar, c: Scalar) -> Scalar:
     if not isinstance(c, Value) and c == 1:
         return a
     return b.binary("mul", a, c)
-
-
-@dataclass(frozen=True, slots=True)
-class RegisterTile:
-    """Up to `rows` x `columns` vectors of accumulators, at most `accumulators` of them."""
-
-    rows: int
-    columns: int
-    accumulators: int
-
-    def cut(self, vectors: int) -> list[tuple[int, int, int]]:
-        """(first vector, how many, rows) of tiles that cover `vectors`, as even as can be. Rows are halved
-        until the accumulators suffice, so that whole tiles cover every multiple of `rows`."""
-        count = -(-vectors // self.columns)
-        cuts: list[tuple[int, int, int]] = []
-        first = 0
-        for i in range(count):
-            width = -(-(vectors - first) // (count - i))
-            rows = self.rows
-            while rows * width > self.accumulators:
-                rows //= 2
-            cuts.append((first, width, rows))
-            first += width
-        return cuts
 
 
 Start = Callable[[Scalar, int], Value]

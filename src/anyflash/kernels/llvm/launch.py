@@ -6,7 +6,6 @@ call then fills in addresses and runs.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,12 +14,9 @@ from numpy.typing import NDArray
 
 from anyflash.core.view import View
 from anyflash.kernels.llvm import engine, pool, schedule
-from anyflash.kernels.llvm.backward import emit_backward
-from anyflash.kernels.llvm.decode import emit_decode, partial_bytes
-from anyflash.kernels.llvm.forward import emit_forward
 from anyflash.kernels.llvm.layout import padded
 from anyflash.kernels.llvm.limits import check_table
-from anyflash.kernels.llvm.spec import ARRAYS, ArgumentBlock, Part, Spec
+from anyflash.kernels.llvm.spec import ARRAYS, ArgumentBlock, Part, Spec, partial_bytes
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.arrays import as_numpy
 from anyflash.semantics.operands import Operands
@@ -28,7 +24,6 @@ from anyflash.semantics.problem import Problem
 from anyflash.semantics.rng import threshold
 
 SIZES = ("scratch_bytes", "block_bytes")
-_COUNTER_WORDS = 16  # the task counter has a cache line of its own behind the arguments
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,11 @@ def compiled(spec: Spec, target: Target) -> Code:
 
 def emitted(spec: Spec, target: Target) -> str:
     """The module's text. The scratch sizes are in it, so that a stored object needs no emitter."""
+    # The emitters are not imported where every kernel is on disk.
+    from anyflash.kernels.llvm.backward import emit_backward
+    from anyflash.kernels.llvm.decode import emit_decode
+    from anyflash.kernels.llvm.forward import emit_forward
+
     emit = {"forward": emit_forward, "decode": emit_decode}.get(spec.part, emit_backward)
     ir, *sizes = emit(spec, target)
     constants = [f"@{name} = constant i64 {size}\n" for name, size in zip(SIZES, sizes, strict=True)]
@@ -175,13 +175,9 @@ class Launch:
         if self.part == "decode":
             kept += self._split(values)
         with pool.lease(min(threads, num_tasks)) as team:
-            scratch = team.scratch(self.scratch_bytes(acc_keys))
-            places = (ctypes.c_int64 * len(scratch))(*scratch)
-            values["scratch"] = ctypes.addressof(places)
-            block = self.block.fill(values)
-            counter = (ctypes.c_int64 * _COUNTER_WORDS)()
-            block[self.block.index["counter"]] = ctypes.addressof(counter) + 8 * _COUNTER_WORDS // 2
-            team.run(self.code.address, ctypes.addressof(block))
+            block, address = self.block.fill(values, team.scratch(self.scratch_bytes(acc_keys)))
+            kept.append(block)
+            team.run(self.code.address, address)
 
     def scratch_bytes(self, acc_keys: int) -> int:
         """What a thread needs where a task sums the gradients of `acc_keys` keys, 0 for none."""

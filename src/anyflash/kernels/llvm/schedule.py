@@ -17,10 +17,16 @@ import numpy as np
 
 from anyflash.core.dtypes import kind
 from anyflash.core.view import View
-from anyflash.kernels.llvm.decode import SPLIT_KEYS
-from anyflash.kernels.llvm.gemm import RegisterTile
-from anyflash.kernels.llvm.spec import TASK_WORDS, Dot, Part, Spec, TableCode
-from anyflash.kernels.llvm.staging import loads_of, staged_axes
+from anyflash.kernels.llvm.loads import loads_of, staged_axes
+from anyflash.kernels.llvm.spec import (
+    SPLIT_KEYS,
+    TASK_WORDS,
+    Dot,
+    Part,
+    RegisterTile,
+    Spec,
+    TableCode,
+)
 from anyflash.kernels.llvm.target import Target, get_target
 from anyflash.semantics.expr import Expr, walk
 from anyflash.semantics.problem import Problem

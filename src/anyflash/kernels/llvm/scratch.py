@@ -23,30 +23,28 @@ _all_lock = threading.Lock()
 class Buffer:
     """Memory that grows as needed and keeps its contents only until `reserve` is called again."""
 
-    __slots__ = ("__weakref__", "_guard", "_memory", "in_use")
+    __slots__ = ("__weakref__", "_address", "_guard", "_memory", "in_use", "nbytes")
 
     def __init__(self) -> None:
         self._memory: np.ndarray | None = None
+        self._address = self.nbytes = 0
         self._guard: int | None = None
         self.in_use = False
         with _all_lock:
             _all.add(self)
 
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._memory is None else self._memory.nbytes
-
     def reserve(self, nbytes: int) -> int:
         """The address, a multiple of 64, of at least `nbytes` bytes that nobody has initialised."""
         need = nbytes + ALIGNMENT + (_GUARD_BYTES if _poisoned else 0)
-        if self._memory is None or self._memory.nbytes < need:
-            self._memory = None
+        if self.nbytes < need:
+            self.free()
             self._memory = np.empty(-(-need // _PAGE) * _PAGE, np.uint8)
-        address = -(-self._memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+            self._address = -(-self._memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+            self.nbytes = self._memory.nbytes
         if _poisoned:
-            ctypes.memset(address, _NAN_BYTE, nbytes + _GUARD_BYTES)
-            self._guard = address + nbytes
-        return address
+            ctypes.memset(self._address, _NAN_BYTE, nbytes + _GUARD_BYTES)
+            self._guard = self._address + nbytes
+        return self._address
 
     def release(self) -> bool:
         """End of a call. False if the memory was poisoned and something was written behind its end."""
@@ -58,6 +56,7 @@ class Buffer:
 
     def free(self) -> None:
         self._memory = None
+        self._address = self.nbytes = 0
 
 
 def scratch_bytes() -> int:

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from anyflash.kernels.llvm.gemm import RegisterTile
-
 Dot = Literal["number", "pair", "tiles"]
 Part = Literal["forward", "decode", "backward", "backward_dq", "backward_dkv"]
 ARRAYS: Mapping[Part, tuple[str, ...]] = {
@@ -23,6 +21,39 @@ ARRAYS: Mapping[Part, tuple[str, ...]] = {
     "backward_dq": ("q", "k", "v", "out", "dout", "dq"),
     "backward_dkv": ("q", "k", "v", "out", "dout", "dk", "dv"),
 }
+
+
+# Keys of one split of a decode.
+SPLIT_KEYS = 1024
+
+
+def partial_bytes(rows: int, dim_v: int, size: int) -> int:
+    """Shared memory of one split: O, then m, then l of every row; `dim_v` padded to vectors."""
+    return rows * (dim_v + 2) * size
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterTile:
+    """Up to `rows` x `columns` vectors of accumulators, at most `accumulators` of them."""
+
+    rows: int
+    columns: int
+    accumulators: int
+
+    def cut(self, vectors: int) -> list[tuple[int, int, int]]:
+        """(first vector, how many, rows) of tiles that cover `vectors`, as even as can be. Rows are halved
+        until the accumulators suffice, so that whole tiles cover every multiple of `rows`."""
+        count = -(-vectors // self.columns)
+        cuts: list[tuple[int, int, int]] = []
+        first = 0
+        for i in range(count):
+            width = -(-(vectors - first) // (count - i))
+            rows = self.rows
+            while rows * width > self.accumulators:
+                rows //= 2
+            cuts.append((first, width, rows))
+            first += width
+        return cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +141,37 @@ def argument_names(spec: Spec) -> tuple[str, ...]:
     return tuple(names)
 
 
+# Words on either side of the tasks' counter that keep its cache line free of anything else.
+_APART = 16
+
+
 class ArgumentBlock:
-    """Makes argument blocks: words that stay the same from call to call are set once, in a template."""
+    """Makes argument blocks: words that stay the same from call to call are set once, in a template.
+
+    Behind a block's arguments lie the counter of the tasks and the addresses of the threads' scratch.
+    """
 
     def __init__(self, spec: Spec, fixed: Mapping[str, int | float]) -> None:
         self.index = {name: i for i, name in enumerate(argument_names(spec))}
-        self._type = ctypes.c_int64 * len(self.index)
-        self._template = self._type()
+        self._counter = len(self.index) + _APART
+        self._scratch = self._counter + _APART
+        self._template = (ctypes.c_int64 * self._scratch)()
         for name, value in fixed.items():
             if isinstance(value, float):
                 value = struct.unpack("<q", struct.pack("<d", value))[0]
             self._template[self.index[name]] = value
 
-    def fill(self, values: Mapping[str, int]) -> ctypes.Array[ctypes.c_int64]:
-        """A block of its own for one call."""
-        block = self._type.from_buffer_copy(self._template)
+    def fill(
+        self, values: Mapping[str, int], scratch: tuple[int, ...]
+    ) -> tuple[ctypes.Array[ctypes.c_int64], int]:
+        """A block of its own for one call, and its address. `scratch` has an address for each thread."""
+        words = bytes(self._template) + bytes(8 * len(scratch))
+        block = (ctypes.c_int64 * (self._scratch + len(scratch))).from_buffer_copy(words)
+        address = ctypes.addressof(block)
+        index = self.index
         for name, value in values.items():
-            block[self.index[name]] = value
-        return block
+            block[index[name]] = value
+        block[self._scratch :] = scratch
+        block[index["counter"]] = address + 8 * self._counter
+        block[index["scratch"]] = address + 8 * self._scratch
+        return block, address
