@@ -83,7 +83,7 @@ def _bytes(text: str) -> list[int]:
 def _build_generation(quick: bool) -> Workload:
     import torch
 
-    prompt, steps, layers = (512, 8, 2) if quick else (2048, 32, 6)
+    prompt, steps, layers = (512, 8, 2) if quick else (2048, 32, 3)
     tokens = torch.tensor(_bytes(corpus.text(prompt + steps)))[None]
     model, what = _llama(layers, prompt + steps)
     model.eval()
@@ -110,7 +110,7 @@ def _build_generation(quick: bool) -> Workload:
 def _build_packed(quick: bool) -> Workload:
     import torch
 
-    count, longest, layers = (4, 40, 1) if quick else (8, 160, 4)
+    count, longest, layers = (4, 40, 1) if quick else (6, 120, 2)
     texts = [torch.tensor(_bytes(passage)) for passage in corpus.passages(count, 12, longest)]
     lengths = [len(text) for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
