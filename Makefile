@@ -54,7 +54,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 # Programs that import flash_attn, and are run on anyflash as they are. Their own dependencies would bring others.
 $(VENV)/programs: $(VENV)/ready
-	for program in "labml labml-nn" xformers \
+	for program in "labml labml-nn" xformers "megatron-core packaging einops" \
 		"diffusers requests urllib3 charset-normalizer certifi importlib_metadata zipp"; do \
 		$(PIP) --no-deps $$program || echo "cannot be installed here: $$program"; done
 	# DeepSpeed is built from source, which asks for torch while it is; none of its kernels are compiled.

@@ -1,0 +1,1 @@
+"""The part of the Megatron adapter that imports Megatron; loaded by `install()`."""
