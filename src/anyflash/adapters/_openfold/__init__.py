@@ -1,0 +1,1 @@
+"""The part of the OpenFold adapter that imports torch; loaded by `install()`."""
