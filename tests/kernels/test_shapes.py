@@ -113,3 +113,35 @@ def test_stretched_arrays() -> None:
     for axis, (dtype, target) in itertools.product((0, 1, 2, 3), EVERY):
         case = Case("stretched", dtype, dims=(64, 32), heads=(2, 2), batch=2, lens=(40, 70), edit=same(axis))
         assert not same_bits(check(case, target), run(case, target, layout="as given"))
+
+
+# Query heads that share a key head, and queries: up to 128 rows in a decode, and just too many.
+ROWS = [
+    ((9, 1), 1),
+    ((3, 1), 5),
+    ((12, 2), 7),
+    ((16, 2), 8),
+    ((64, 1), 2),
+    ((128, 1), 1),
+    ((16, 1), 9),
+    ((130, 1), 1),
+]
+
+
+@pytest.mark.parametrize("at", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_rows_of_a_key_head(rows: tuple[tuple[int, int], int], at: tuple[str, str]) -> None:
+    (heads, queries), (dtype, target) = rows, at
+    check(
+        Case(f"rows {rows}", dtype, dims=(24, 40), heads=heads, lens=(queries, 1100), program=CAUSAL), target
+    )
+    check(
+        Case(
+            f"packed rows {rows}",
+            dtype,
+            dims=(16, 16),
+            heads=heads,
+            packed=((queries, 70), (0, 3), (queries + 3, 90), (1, 1)),
+        ),
+        target,
+    )

@@ -44,6 +44,8 @@ CASES = (
     Case("decode_odd_dims", packed=DECODE, heads=(3, 3), dims=(37, 21)),
     Case("decode_long", packed=LONG, heads=(4, 2), dims=(16, 16), rules=(Causal(),)),
     Case("decode_latent", packed=DECODE, heads=(4, 1), dims=(96, 64), rules=(Causal(),)),
+    Case("decode_many_heads", packed=DECODE, heads=(33, 1), dims=(40, 24), rules=(Causal(),), sinks="randn"),
+    Case("decode_more_heads", packed=DECODE, heads=(128, 1), rules=(Causal(),)),
     Case("decode_window", packed=DECODE, heads=(4, 2), rules=(Window(20, 0),)),
     Case("decode_softcap", packed=DECODE, heads=(4, 2), terms=(Softcap(2.0),)),
     Case("decode_alibi", packed=DECODE, heads=(4, 2), terms=(Alibi(per_batch=True),)),
@@ -55,6 +57,7 @@ CASES = (
     Case("speculative", packed=SPECULATIVE, heads=(4, 2), rules=(Causal(),)),
     Case("speculative_window", packed=SPECULATIVE, heads=(4, 2), rules=(Causal(), Window(9, None))),
     Case("speculative_tree", packed=SPECULATIVE, heads=(4, 2), rules=(Tree(),)),  # type: ignore[arg-type]
+    Case("speculative_group", packed=Packed((8,) * 2, (90, 1100)), heads=(16, 2), rules=(Tree(),)),  # type: ignore[arg-type]
     Case("speculative_wide", packed=Packed((9,) * 2, (50, 9)), heads=(8, 2), rules=(Causal(),)),
     Case("chunks", packed=CHUNKS, heads=(4, 2), rules=(Causal(),)),
     Case("chunks_window", packed=CHUNKS, heads=(4, 2), rules=(Causal(), Window(16, None)), sinks="randn"),

@@ -30,7 +30,7 @@ from anyflash.kernels.llvm.gemm import Matrix
 from anyflash.kernels.llvm.ir import BYTES, I1, I32, I64, Builder, Scalar, Value, Var, vec
 from anyflash.kernels.llvm.keys import Keys
 from anyflash.kernels.llvm.scatter import Scatter
-from anyflash.kernels.llvm.spec import TASK_WORDS, RegisterTile, Spec
+from anyflash.kernels.llvm.spec import DECODE_QUERIES, TASK_WORDS, RegisterTile, Spec
 from anyflash.kernels.llvm.staging import Staging
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.derivative import derivative
@@ -58,13 +58,8 @@ class _Backward(Frame):
         self.want_dkv = spec.part in ("backward", "backward_dkv")
         self.slope = None if self.score is None else derivative(self.score)
         self.width, self.width_v = self.dim * self.size, self.dim_v * self.size
-        form, dim, dim_v, block_q, block_k = (
-            self.form,
-            spec.head_dim,
-            spec.head_dim_v,
-            self.block_q,
-            spec.block_k,
-        )
+        form, block_q, block_k = self.form, self.block_q, spec.block_k
+        dim, dim_v = spec.head_dim, spec.head_dim_v
         self.q_rows = self.scratch(block_q * form.row_bytes(dim))
         self.do_rows = self.scratch(block_q * form.row_bytes(dim_v))
         self.q_t = self.scratch(form.depth(dim) * self.row)
@@ -79,8 +74,10 @@ class _Backward(Frame):
         self.keys = Keys(self, frozenset("k") if self.want_dq else frozenset())
         self.spare = self.scratch(block_q * max(self.width, self.width_v, form.row_bytes(dim_v)))
         self.m, self.log2_l, self.delta = (self.scratch(self.row) for _ in range(3))
-        self.by_row = self.scratch(spec.decode_rows * block_k * self.size)
-        self.partial_sums = self.scratch(spec.decode_rows * self.lanes * self.step)
+        # A decoded sequence has DECODE_QUERIES queries at most.
+        self.few = min(spec.decode_rows, DECODE_QUERIES)
+        self.by_row = self.scratch(self.few * block_k * self.size)
+        self.partial_sums = self.scratch(self.few * self.lanes * self.step)
         self.bad_q, self.bad_do = b.var(I1, False), b.var(I1, False)
         self.scatter = Scatter(self, spec) if self.want_dq else None
         slopes = [] if self.scatter is None else [term.slope for term in self.scatter.terms]
@@ -282,7 +279,7 @@ class _Backward(Frame):
 
     def decoded_scores(self, k: Value, whole: Value) -> None:
         """S of the few rows of a decode, bit for bit as it formed them; of all other rows, 0."""
-        tile = RegisterTile(self.spec.decode_rows, 1, self.spec.tile.accumulators)
+        tile = RegisterTile(self.few, 1, self.spec.tile.accumulators)
         layout.zero(self.b, self.s, whole * self.row, self.element, self.lanes)
         columns_of_products(
             self.b, KeyRows(self.q_rows, self.width, self.element),

@@ -6,8 +6,9 @@
 
 K and V are read as they lie, in the user's dtype, where their rows are whole vectors.
 
-A row r is one (query head of the group, query): all rows that read a key head are computed together, so each
-key is read once for the whole group. With a query a lane, as in the forward, most lanes would be idle here.
+A row r is one (query head of the group, query): all rows that read a key head are computed together, a
+register tile of them at a time, so each key is read once for the whole group. With a query a lane, as in the
+forward, most lanes would be idle here.
 
 Keys are cut into splits of `SPLIT_KEYS`, so that one long sequence keeps several threads busy. A split leaves
 (O, m, l) in shared memory; whichever thread ends a row group's last split adds them up, in the order of the
@@ -58,7 +59,7 @@ class _Rows:
 class _Decode(Frame):
     def __init__(self, b: Builder, spec: Spec, target: Target) -> None:
         super().__init__(b, spec, target)
-        rows, block_k = spec.decode_rows, spec.block_k
+        rows, at_once, block_k = spec.decode_rows, spec.tile.rows, spec.block_k
         self.vectors = range(block_k // self.lanes)
         self.stored = ELEMENT[spec.dtype]
         self.width, self.width_v = self.dim * self.size, self.dim_v * self.size
@@ -66,13 +67,14 @@ class _Decode(Frame):
         self.q_rows = self.scratch(rows * self.width)
         self.k_rows = self.scratch(block_k * self.dim * BYTES[self.stored])
         self.v_rows = self.scratch(block_k * self.dim_v * BYTES[self.stored])
-        self.partial_sums = self.scratch(rows * self.lanes * self.step)
-        self.s = self.scratch(rows * self.keys_row)
+        self.partial_sums = self.scratch(at_once * self.lanes * self.step)
+        self.s = self.scratch(at_once * self.keys_row)
         # O, m, l of the rows, laid out as a split's partial result.
         self.o = self.scratch(partial_bytes(rows, self.dim_v, self.size))
         self.sums = self.scratch(rows * self.step)
-        self.rescale = self.scratch(rows * self.size)
+        self.rescale = self.scratch(at_once * self.size)
         self.rows_static = rows
+        self.rows_at_once = at_once
 
     def m_at(self, state: Value, r: Value) -> Value:
         return self.b.at(self.b.at(state, self.rows_static * self.width_v), r * self.size)
@@ -137,27 +139,50 @@ class _Decode(Frame):
     def tile(self, rows: _Rows, key: Value, keys: Value, surely: Value, last: Value) -> None:
         b, spec = self.b, self.spec
         partial = (surely ^ True) | b.compare("lt", keys, spec.block_k)
+        k = self.keys_rows("k", rows, key, keys, self.k_rows)
+        v = self.keys_rows("v", rows, key, keys, self.v_rows)
+        if self.rows_static == self.rows_at_once:
+            self.some_rows(rows, b.const(0, I64), key, k, v, partial, last)
+            return
+        # Many rows take longer to compute than a tile to arrive: nothing is asked for ahead.
+        with b.loop(0, rows.count, self.rows_at_once) as first:
+            self.some_rows(rows, first, key, k, v, partial, None)
+
+    def some_rows(
+        self,
+        rows: _Rows,
+        first: Value,
+        key: Value,
+        k: KeyRows,
+        v: KeyRows,
+        partial: Value,
+        last: Value | None,
+    ) -> None:
+        """`rows_at_once` rows from `first` on against one tile. `last` is the end of the keys, where the next
+        tile is to be asked for."""
+        b, spec = self.b, self.spec
 
         def store(r: int, j: Value, x: Value) -> None:
             b.store(x, b.at(b.at(self.s, r * self.keys_row), j * self.size), self.size)
 
         def upcoming(j: Value) -> list[tuple[Value, Scalar, int]]:
+            if last is None:
+                return []
             token = rows.seq.k_start + b.min(key + (j + spec.block_k), last - 1)
             sources = [self.rows(array, rows.seq.batch, token, rows.kv_head) for array in ("k", "v")]
             return [(x.row(b, 0), x.row_stride, x.columns * BYTES[self.stored]) for x in sources]
 
         row_products(
-            b, KeyRows(self.q_rows, self.width, self.element),
-            self.keys_rows("k", rows, key, keys, self.k_rows), spec.block_k, self.dim, self.lanes,
-            tile=spec.tile, spare=self.partial_sums, store=store, upcoming=upcoming,
+            b, KeyRows(b.at(self.q_rows, first * self.width), self.width, self.element), k, spec.block_k,
+            self.dim, self.lanes, tile=spec.tile, spare=self.partial_sums, store=store, upcoming=upcoming,
         )  # fmt: skip
-        with b.loop(0, rows.count) as r:
+        with b.loop(0, b.min(rows.count - first, self.rows_at_once)) as r:
             b.choose(
                 partial,
-                lambda: self.softmax(rows, r, key, masked=True),
-                lambda: self.softmax(rows, r, key, masked=False),
+                lambda: self.softmax(rows, first, r, key, masked=True),
+                lambda: self.softmax(rows, first, r, key, masked=False),
             )
-        self.accumulate(self.keys_rows("v", rows, key, keys, self.v_rows), partial)
+        self.accumulate(first, v, partial)
 
     def keys_rows(self, array: str, rows: _Rows, key: Value, keys: Value, spare: Value) -> KeyRows:
         """A whole block of rows of k or v: in place where they can be read as vectors."""
@@ -181,12 +206,12 @@ class _Decode(Frame):
             pack()
         return KeyRows(place.get(), step.get(), self.stored)
 
-    def softmax(self, rows: _Rows, r: Value, key: Value, masked: bool) -> None:
-        """P of one row in place of S, its maximum, sum and the factor for what was accumulated."""
-        b, seq = self.b, rows.seq
+    def softmax(self, rows: _Rows, first: Value, at: Value, key: Value, masked: bool) -> None:
+        """P of row first + at in place of S, its maximum, sum and the factor for what was accumulated."""
+        b, seq, r = self.b, rows.seq, first + at
         scores: list[Value] = []
         for v in self.vectors:
-            s = b.load(self.vector, b.at(b.at(self.s, r * self.keys_row), v * self.step), self.size)
+            s = b.load(self.vector, b.at(b.at(self.s, at * self.keys_row), v * self.step), self.size)
             if self.score is not None or masked:
                 keys = b.iota(I32, self.lanes) + (b.to_int(key, I32) + v * self.lanes)
                 query = b.to_int(rows.query(r), I32)
@@ -217,24 +242,25 @@ class _Decode(Frame):
         b.store(m, self.m_at(self.o, r), self.size)
         pivot = b.splat(b.select(b.compare("eq", m, -math.inf), b.const(0.0, self.element), m), self.lanes)
         rescale = self.exp(b.splat(old, self.lanes) - pivot)
-        b.store(b.lane(rescale, 0), b.at(self.rescale, r * self.size), self.size)
+        b.store(b.lane(rescale, 0), b.at(self.rescale, at * self.size), self.size)
         place = b.at(self.sums, r * self.step)
         total = b.load(self.vector, place, self.size) * rescale
         for v, s in enumerate(scores):
             p = self.exp(s - pivot)
             total = total + p
-            b.store(p, b.at(b.at(self.s, r * self.keys_row), v * self.step), self.size)
+            b.store(p, b.at(b.at(self.s, at * self.keys_row), v * self.step), self.size)
         b.store(total, place, self.size)
 
-    def accumulate(self, rows: KeyRows, partial: Value) -> None:
+    def accumulate(self, first: Value, rows: KeyRows, partial: Value) -> None:
         """O = rescale * O + P V. Rows past the last hold what nobody reads."""
         b, spec = self.b, self.spec
         p = Matrix(self.s, self.keys_row, self.size)
         v = Matrix(rows.pointer, rows.stride, self.lanes * BYTES[self.stored], self.stored)
         vectors = self.dim_v // self.lanes
+        o = b.at(self.o, first * self.width_v)
 
         def place(r: Scalar, vector: int) -> Value:
-            return b.at(b.at(self.o, r * self.width_v), vector * self.step)
+            return b.at(b.at(o, r * self.width_v), vector * self.step)
 
         def start(r: Scalar, vector: int) -> Value:
             factor = b.load(self.element, b.at(self.rescale, r * self.size), self.size)
@@ -245,12 +271,12 @@ class _Decode(Frame):
 
         self.with_guard(
             lambda: product(
-                b, self.form.dot, p, v, self.rows_static, vectors, spec.block_k, tile=spec.tile, start=start,
-                finish=finish,
+                b, self.form.dot, p, v, self.rows_at_once, vectors, spec.block_k, tile=spec.tile,
+                start=start, finish=finish,
             ),
             lambda: guarded_product(
-                b, self.form.dot, p, v, self.rows_static, vectors, spec.block_k, probability="a", start=start,
-                finish=finish,
+                b, self.form.dot, p, v, self.rows_at_once, vectors, spec.block_k, probability="a",
+                start=start, finish=finish,
             ),
             lambda: self.rows_not_finite(rows),
             partial,

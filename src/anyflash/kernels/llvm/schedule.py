@@ -19,6 +19,7 @@ from anyflash.core.dtypes import kind
 from anyflash.core.view import View
 from anyflash.kernels.llvm.loads import loads_of, staged_axes
 from anyflash.kernels.llvm.spec import (
+    DECODE_QUERIES,
     SPLIT_KEYS,
     TASK_WORDS,
     Dot,
@@ -49,8 +50,8 @@ def tile(target: Target) -> RegisterTile:
 
 
 def decode_tile(target: Target, rows: int) -> RegisterTile:
-    """As `tile`, for products of few rows."""
-    accumulators = tile(target).accumulators
+    """As `tile`, for products of few rows: DECODE_QUERIES of them at a time."""
+    rows, accumulators = min(rows, DECODE_QUERIES), tile(target).accumulators
     return RegisterTile(rows, max(1, min(8, accumulators // rows)), accumulators)
 
 
@@ -86,21 +87,25 @@ def query_vectors(target: Target, problem: Problem) -> int:
     return min((most, 3), key=lambda vectors: -(-needed // vectors) * vectors)
 
 
-# Above this many rows a key head, a lane each, the forward is faster.
-DECODE_ROWS = 8
+# What a thread holds of a decode's rows stays in the second-level cache.
+_MOST_DECODE_ROWS = 128
 
 
 def decode_rows(problem: Problem) -> int:
     """Rows of a decode's row group, rounded up so that few kernels serve all; 0 where no sequence is decoded.
 
-    Of packed queries each sequence goes its own way: a result must not depend on how long its neighbours are.
+    A query a lane, the forward leaves lanes idle below a vector of queries, and reads a key head once for
+    every query head of its group. Of packed queries each sequence goes its own way: a result must not depend
+    on how long its neighbours are.
     """
-    rows = problem.group * problem.seqlen_q
-    if problem.packed_q and problem.group <= DECODE_ROWS:
-        rows = min(rows, DECODE_ROWS)
-    if not 0 < rows <= DECODE_ROWS or problem.program.dropout_p > 0.0:
+    rows, most = problem.group * problem.seqlen_q, DECODE_QUERIES
+    while 2 * most <= min(problem.group * DECODE_QUERIES, _MOST_DECODE_ROWS):
+        most *= 2
+    if problem.packed_q and problem.group <= most:
+        rows = min(rows, most)
+    if not 0 < rows <= most or problem.program.dropout_p > 0.0:
         return 0
-    return next(n for n in (1, 2, 4, 8) if n >= rows)
+    return 1 << (rows - 1).bit_length()
 
 
 # What a thread may hold of K and V in the form of the products. Beyond, each tile makes its own.

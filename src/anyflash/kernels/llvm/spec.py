@@ -23,8 +23,9 @@ ARRAYS: Mapping[Part, tuple[str, ...]] = {
 }
 
 
-# Keys of one split of a decode.
+# Keys of one split of a decode, and the queries of a sequence that may be decoded.
 SPLIT_KEYS = 1024
+DECODE_QUERIES = 8
 
 
 def partial_bytes(rows: int, dim_v: int, size: int) -> int:
