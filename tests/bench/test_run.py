@@ -70,6 +70,18 @@ def test_shown_again_without_measuring(tmp_path: Path, monkeypatch: pytest.Monke
     assert CELLS[2].name in done.output and CELLS[0].name not in done.output
 
 
+def test_taken_up_again(tmp_path: Path) -> None:
+    """Cells that were measured are kept as they are; a run of another effort is not mixed in."""
+    assert bench("--out", str(tmp_path), "--only", "numpy").exit_code == 0
+    (kept,) = json.loads((tmp_path / "bench.json").read_text())["cells"]
+    assert bench("--out", str(tmp_path), "--resume").exit_code == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["cells"][0] == kept and len(found["resumed"]) == 1
+    assert sorted(record["name"] for record in found["cells"]) == sorted(cell.name for cell in CELLS)
+    refused = bench("--out", str(tmp_path), "--resume", "--quick")
+    assert isinstance(refused.exception, InvalidCall) and "other quick" in str(refused.exception)
+
+
 def test_a_wrong_kernel_ends_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = af.attention
     monkeypatch.setattr(af, "attention", lambda *qkv, **rest: 1.01 * right(*qkv, **rest))

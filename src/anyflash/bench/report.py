@@ -69,6 +69,7 @@ def _machine(report: Report) -> list[str]:
         ("load before", "unknown" if machine["load_before"] is None else f"{machine['load_before']:.2f}"),
         ("versions", ", ".join(f"{name} {v or 'missing'}" for name, v in machine["versions"].items())),
         ("date", machine["date"].replace("T", " ")),
+        *[("taken up again", date.replace("T", " ")) for date in report.get("resumed", [])],
     ]
     return ["## Machine", "", *_table(("", ""), rows), ""]
 

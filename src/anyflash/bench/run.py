@@ -55,9 +55,12 @@ def select(wanted: Wanted) -> list[Cell]:
     return cells
 
 
-def run(wanted: Wanted, progress: Progress, keep: Path | None = None) -> Report:
+def run(
+    wanted: Wanted, progress: Progress, keep: Path | None = None, earlier: Report | None = None
+) -> Report:
     """Measure the selected cells. `keep` is rewritten after each of them, so that a run that is stopped
-    leaves what it has found."""
+    leaves what it has found; given as `earlier`, that is taken up again, on the same machine with the same
+    versions and effort, or it is an InvalidCall."""
     cells = select(wanted)
     peers = _peers(wanted.peers or grid.GRIDS[wanted.grid].peers)
     threads = wanted.threads or usable_cores()
@@ -73,8 +76,14 @@ def run(wanted: Wanted, progress: Progress, keep: Path | None = None) -> Report:
         "machine": machine.describe(),
         "startup": startup.measure() if grid.GRIDS[wanted.grid].startup and wanted.only is None else None,
         "cells": [],
+        "resumed": [],
     }
+    if earlier is not None:
+        _take_up(report, earlier)
+    measured = {record["name"] for record in report["cells"]}
     for number, cell in enumerate(cells):
+        if cell.name in measured:
+            continue
         record = measure(
             cell, effort, threads, peers, lambda what, part, n=number, c=cell: progress(n, c, what, part)
         )
@@ -82,6 +91,19 @@ def run(wanted: Wanted, progress: Progress, keep: Path | None = None) -> Report:
         if keep is not None:
             write(report, keep)
     return report
+
+
+def _take_up(report: Report, earlier: Report) -> None:
+    """Put what an earlier run found in its place."""
+    same = ("grid", "quick", "threads", "peers")
+    then, now = earlier["machine"], report["machine"]
+    differing = [key for key in same if earlier[key] != report[key]]
+    differing += [key for key in ("processor", "cores", "versions") if then[key] != now[key]]
+    if differing:
+        raise InvalidCall("resume", f"a run with other {', '.join(differing)}", "one like this")
+    report["resumed"] = [*earlier.get("resumed", []), now["date"]]
+    report["machine"], report["startup"] = then, earlier["startup"] or report["startup"]
+    report["cells"] = list(earlier["cells"])
 
 
 def write(report: Report, path: Path) -> None:

@@ -43,6 +43,9 @@ def command(
         Path | None,
         typer.Option("--from", metavar="FILE.json", help="Show an earlier run; measure nothing."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that left bench.json in --out.")
+    ] = False,
     list_cells: Annotated[bool, typer.Option("--list", help="Name the cells; measure nothing.")] = False,
 ) -> None:
     """Time our attention and its peers, in turns, after checking that their results agree.
@@ -62,9 +65,13 @@ def command(
         for cell in run.select(wanted):
             typer.echo(cell.name)
         return
-    found = run.read(again) if again is not None else _measure(wanted, out / "bench.json", console)
+    keep = out / "bench.json"
+    if again is None:
+        found = _measure(wanted, keep, run.read(keep) if resume and keep.exists() else None, console)
+    else:
+        found = run.read(again)
     _bench_table.show(found, console)
-    written = [out / "bench.json"] if again is None else []
+    written = [keep] if again is None else []
     written += _bench_charts.draw(found, out, "bench")
     if report is not None:
         written += write_report(found, report)
@@ -83,7 +90,7 @@ def write_report(found: Report, path: Path) -> list[Path]:
     return [path, *charts]
 
 
-def _measure(wanted: Wanted, keep: Path, console: Console) -> Report:
+def _measure(wanted: Wanted, keep: Path, earlier: Report | None, console: Console) -> Report:
     from anyflash.bench import run
 
     cells = run.select(wanted)
@@ -95,4 +102,4 @@ def _measure(wanted: Wanted, keep: Path, console: Console) -> Report:
             name = getattr(cell, "name", "")
             bar.update(task, completed=number + part, description=f"{name} [dim]{what}[/]")
 
-        return run.run(wanted, progress, keep)
+        return run.run(wanted, progress, keep, earlier)
