@@ -17,6 +17,7 @@ import pytest
 from anyflash.kernels.llvm import (
     backward,
     decode,
+    dots,
     emit,
     engine,
     form,
@@ -60,6 +61,8 @@ def a_case(name: str, **options: Any) -> Case:
 CASES: dict[str, Case] = {
     **{n: a_case(n) for n in ("causal", "documents", "dropout", "sinks", "softcap")},
     **{n: a_case(n) for n in ("two loads", "relative bias", "alibi")},
+    # Enough blocks of queries for K and V to be made ahead.
+    "long": a_case("causal", lens=(300, KEYS)),
     "hidden": a_case("hidden", edit=with_nan),
     "pairs": a_case("causal", dtype="bfloat16"),
     "pairs hidden": a_case("hidden", dtype="bfloat16", edit=with_nan),
@@ -104,6 +107,10 @@ def swapped(whole: Any) -> Any:
         return [second, first, *rest]
 
     return transposed
+
+
+def turned(whole: Any) -> Any:
+    return lambda b, vectors: whole(b, [*vectors[1:], vectors[0]])
 
 
 def no_delta(whole: Any) -> Any:
@@ -240,7 +247,7 @@ MUTATIONS: dict[str, tuple[str, Make]] = {
     "bounds miss the greatest element": ("documents", replaced(launch, "block_bounds", no_greatest)),
     "lse lacks the logarithm": ("causal", replaced(frame.Frame, "lse", without_log)),
     "a polynomial of lower degree": ("causal", replaced(vmath, "exp2", lower_degree)),
-    "blocks of another head": ("causal", replaced(keys.Keys, "prepare", first_head_only)),
+    "blocks of another head": ("long", replaced(keys.Keys, "prepare", first_head_only)),
     "no guard": ("hidden", replaced(frame.Frame, "with_guard", unguarded)),
     "no guard of pairs": ("pairs hidden", replaced(frame.Frame, "with_guard", unguarded)),
     "a guard that lets pass": ("hidden", replaced(gemm, "_guarded", guard_of_fast)),
@@ -259,6 +266,7 @@ MUTATIONS: dict[str, tuple[str, Make]] = {
     "pairs in the wrong order": ("pairs", replaced(form.PairForm, "put_b", words_swapped)),
     "keys of dS in the wrong order": ("pairs", replaced(form.PairForm, "put_a", words_swapped)),
     "a word less of head_dim": ("pairs", replaced(form.PairForm, "depth", one_word_less)),
+    "scores of neighbouring keys": ("decode", replaced(dots, "sums_of_lanes", turned)),
     "splits are not combined": ("decode", replaced(decode._Decode, "combine", nothing)),
 }
 
