@@ -76,8 +76,10 @@ def test_taken_up_again(tmp_path: Path) -> None:
     (kept,) = json.loads((tmp_path / "bench.json").read_text())["cells"]
     assert bench("--out", str(tmp_path), "--resume").exit_code == 0
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["cells"][0] == kept and len(found["resumed"]) == 1
-    assert sorted(record["name"] for record in found["cells"]) == sorted(cell.name for cell in CELLS)
+    assert found["cells"][2] == kept and len(found["resumed"]) == 1
+    assert [record["name"] for record in found["cells"]] == [cell.name for cell in CELLS]
+    assert run.missing(found) == []
+    assert run.missing({**found, "cells": found["cells"][1:]}) == [CELLS[0].name]
     refused = bench("--out", str(tmp_path), "--resume", "--quick")
     assert isinstance(refused.exception, InvalidCall) and "other quick" in str(refused.exception)
 

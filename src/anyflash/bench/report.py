@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from anyflash.bench import goals, summary, timing
 from anyflash.bench.agreement import GRADIENT_FACTOR, OUTPUT_FACTOR, PEER_SLACK
-from anyflash.bench.run import Report, refused
+from anyflash.bench.run import Report, missing, refused
 
 _HOW = """
 Every cell gives the same arrays to everybody, in one process and with the same number of threads. First, each
@@ -39,6 +39,7 @@ def markdown(report: Report, charts: Sequence[str] = ()) -> str:
             "",
             *_machine(report),
             *_disturbed(report),
+            *_missing(report),
             *_refused(report),
             *_goals(report),
             *_means(report),
@@ -77,6 +78,14 @@ def _machine(report: Report) -> list[str]:
 def _disturbed(report: Report) -> list[str]:
     warning = summary.disturbed(report)
     return [f"**{warning}**", ""] if warning else []
+
+
+def _missing(report: Report) -> list[str]:
+    names = missing(report)
+    if not names:
+        return []
+    lines = [f"- {name}" for name in names]
+    return ["## Not measured", "", "The run was stopped before these cells.", "", *lines, ""]
 
 
 def _refused(report: Report) -> list[str]:

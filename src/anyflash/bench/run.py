@@ -81,6 +81,7 @@ def run(
     if earlier is not None:
         _take_up(report, earlier)
     measured = {record["name"] for record in report["cells"]}
+    place = {cell.name: i for i, cell in enumerate(grid.cells(wanted.grid))}
     for number, cell in enumerate(cells):
         if cell.name in measured:
             continue
@@ -88,6 +89,7 @@ def run(
             cell, effort, threads, peers, lambda what, part, n=number, c=cell: progress(n, c, what, part)
         )
         report["cells"].append(record)
+        report["cells"].sort(key=lambda found: place[found["name"]])
         if keep is not None:
             write(report, keep)
     return report
@@ -121,6 +123,13 @@ def read(path: Path) -> Report:
     if found != FORMAT:
         raise InvalidCall("from", f"{path}, format {found}", f"format {FORMAT}")
     return report
+
+
+def missing(report: Report) -> list[str]:
+    """Names of the cells that the run was to measure and has not, because it was stopped."""
+    wanted = select(Wanted(report["grid"], report["only"]))
+    measured = {record["name"] for record in report["cells"]}
+    return [cell.name for cell in wanted if cell.name not in measured]
 
 
 def refused(report: Report) -> list[Record]:
