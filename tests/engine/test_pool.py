@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -196,3 +197,27 @@ def test_run_releases_the_interpreter() -> None:
     stop.set()
     ticker.join()
     assert sum(start < at < end for at in ticks) >= min(5, (end - start) / 0.02)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs Linux and two processors",
+)
+def test_workers_keep_off_the_callers_processor() -> None:
+    """Wherever the caller runs, and also after it was moved. The system may move it at any time, so that the
+    processor is the one the pool found it on."""
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from anyflash.kernels.llvm import pool
+from engine import workers
+before, everywhere = set(os.listdir("/proc/self/task")), os.sched_getaffinity(0)
+for processor in [*sorted(everywhere)[:2], min(everywhere)]:
+    os.sched_setaffinity(0, {processor})
+    os.sched_setaffinity(0, everywhere)
+    workers.run_tasks(2)
+    (worker,) = (int(thread) for thread in set(os.listdir("/proc/self/task")) - before)
+    found = pool._pool._kept_clear
+    assert found in everywhere and os.sched_getaffinity(worker) == everywhere - {found}
+"""
+    subprocess.run([sys.executable, "-c", script, str(Path(__file__).parents[1])], check=True, timeout=60)

@@ -20,7 +20,7 @@ _MAX_KEPT = 256  # launches a problem
 
 
 # Below this many multiply-adds a call is over before a second thread has woken up.
-_ALONE = 1 << 19
+_ALONE = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from anyflash.kernels.llvm import engine, pool_ir, scratch
 from anyflash.kernels.llvm.target import get_target
 
 # How long a thread watches for work, or for the end of it, and how often the caller then yields, before it
-# blocks.
-SPIN_SECONDS = 20e-6
+# blocks. Longer than what lies between two calls in Python.
+SPIN_SECONDS = 50e-6
 YIELDS = 3000
 
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
@@ -49,13 +49,35 @@ class _Pool:
         )
         self._libc = ctypes.CDLL(None)
         self._start = code.addresses["worker"]
-        self.run = code.function("run", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        self._run = code.function("run", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         spin = code.function("spin", ctypes.c_int64, ctypes.c_void_p)
         self.state = self._allocate()
         ctypes.c_int64.from_address(self.state + pool_ir.SPINS).value = _turns(spin, self.state)
         ctypes.c_int64.from_address(self.state + pool_ir.YIELDS).value = YIELDS
         self.num_workers = 0
         self.buffers: list[scratch.Buffer] = []
+        self._threads: list[ctypes.c_void_p] = []
+        self._kept_clear = -1
+        known = hasattr(self._libc, "pthread_setaffinity_np") and hasattr(os, "sched_getaffinity")
+        self._processor = getattr(self._libc, "sched_getcpu", None) if known else None
+
+    def run(self, function: int, args: int, size: int) -> None:
+        """function(args, thread) on `size` threads, of which the caller is one."""
+        if self._processor is not None:
+            processor = self._processor()
+            if processor != self._kept_clear:
+                self._keep_clear(processor)
+        self._run(self.state, function, args, size)
+
+    def _keep_clear(self, processor: int) -> None:
+        """Keep workers off the caller's processor. The system likes to wake a thread where it was woken from,
+        and then the two take turns on one processor while another is idle."""
+        allowed = os.sched_getaffinity(0)
+        others = allowed - {processor} or allowed
+        mask = sum(1 << number for number in others).to_bytes(max(others) // 64 * 8 + 8, "little")
+        for thread in self._threads:
+            self._libc.pthread_setaffinity_np(thread, ctypes.c_size_t(len(mask)), mask)
+        self._kept_clear = processor
 
     def _allocate(self) -> int:
         calloc = self._libc.calloc
@@ -91,6 +113,8 @@ class _Pool:
             logger.info("the system gives no further thread (error %d); %d workers", error, self.num_workers)
             return False
         self._libc.pthread_detach(thread)
+        self._threads.append(thread)
+        self._kept_clear = -1
         return True
 
 
@@ -152,7 +176,7 @@ class Team:
         if self._pool is None or self.size == 1:
             _WORKER(function)(args, 0)
         else:
-            self._pool.run(self._pool.state, function, args, self.size)
+            self._pool.run(function, args, self.size)
 
 
 class _OwnBuffers(threading.local):
