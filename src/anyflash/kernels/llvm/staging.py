@@ -3,7 +3,8 @@
 A bias or dense mask is read as table[.., row, k] with keys contiguous, while a tile's vectors run along the
 queries. So before a tile's scores are touched, its piece of the table is read row by row and transposed once
 into scratch [key, query]; its gradient goes the same way back. Costs two passes over block_q x block_k
-numbers, where reading lane by lane would cost a load and an insert for each of them.
+numbers, where reading lane by lane would cost a load and an insert for each of them. Rows lie far apart, each
+in pages of its own, so the machine does not see the next tile coming: it is asked for, row by row.
 
 A load is staged where the indices `row` and `k` stand by themselves, the others are the same for the whole
 tile, and the launch found the keys contiguous (`TableCode.staged`).
@@ -23,6 +24,8 @@ from anyflash.semantics.text import show
 
 if TYPE_CHECKING:
     from anyflash.kernels.llvm.frame import Frame
+
+_LINE = 64
 
 
 @dataclass
@@ -62,9 +65,9 @@ class Staging:
             source = corner(frame, table.pointer, table.strides, piece, variables, row, key)
             row_stride = table.strides[piece.axes[0]]
             with b.loop(0, rows) as r:
-                copy_row(
-                    b, b.at(source, r * row_stride), memory, b.at(self.rows, r * self.width), frame, keys
-                )
+                row_at = b.at(source, r * row_stride)
+                fetch_next(b, row_at, frame.spec.block_k * BYTES[memory])
+                copy_row(b, row_at, memory, b.at(self.rows, r * self.width), frame, keys)
             layout.transpose(
                 b, self.rows, self.width, piece.place, frame.row, frame.spec.query_vectors,
                 frame.spec.block_k, frame.element, frame.lanes,
@@ -110,6 +113,7 @@ class StagedGradient:
         target = corner(frame, base.get(), strides, self.piece, variables, row, key)
         with b.loop(0, rows) as r:
             out, part = b.at(target, r * strides[self.axes[0]]), b.at(self.rows, r * width)
+            fetch_next(b, out, width)
             whole = keys / frame.lanes * frame.lanes
             with b.loop(0, whole, frame.lanes) as c:
                 place = b.at(out, c * frame.size)
@@ -137,6 +141,12 @@ def corner(
             where = b.max(b.const(0, I64), b.min(last, b.to_int(emit(index), I64)))
         base = b.at(base, where * stride)
     return base
+
+
+def fetch_next(b: Builder, row: Value, size: int) -> None:
+    """Ask for the `size` bytes that follow those of this tile."""
+    for line in range(0, size, _LINE):
+        b.prefetch(b.at(row, size + line))
 
 
 def copy_row(b: Builder, source: Value, memory: str, target: Value, frame: Frame, keys: Value) -> None:
