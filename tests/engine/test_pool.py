@@ -219,5 +219,8 @@ for processor in [*sorted(everywhere)[:2], min(everywhere)]:
     (worker,) = (int(thread) for thread in set(os.listdir("/proc/self/task")) - before)
     found = pool._pool._kept_clear
     assert found in everywhere and os.sched_getaffinity(worker) == everywhere - {found}
+os.sched_setaffinity(0, {max(everywhere)})
+workers.run_tasks(2)
+assert os.sched_getaffinity(worker) == everywhere - {found}
 """
     subprocess.run([sys.executable, "-c", script, str(Path(__file__).parents[1])], check=True, timeout=60)

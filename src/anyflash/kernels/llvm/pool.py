@@ -71,9 +71,11 @@ class _Pool:
 
     def _keep_clear(self, processor: int) -> None:
         """Keep workers off the caller's processor. The system likes to wake a thread where it was woken from,
-        and then the two take turns on one processor while another is idle."""
-        allowed = os.sched_getaffinity(0)
-        others = allowed - {processor} or allowed
+        and then the two take turns on one processor while another is idle. A caller that is bound to one
+        processor says nothing about the others: workers stay where they may be."""
+        others = os.sched_getaffinity(0) - {processor}
+        if not others:
+            return
         mask = sum(1 << number for number in others).to_bytes(max(others) // 64 * 8 + 8, "little")
         for thread in self._threads:
             self._libc.pthread_setaffinity_np(thread, ctypes.c_size_t(len(mask)), mask)
