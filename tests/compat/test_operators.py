@@ -14,6 +14,7 @@ from anyflash.compat.flash_attn.modules.mlp import FusedMLP, GatedMlp, Mlp
 from anyflash.compat.flash_attn.ops import activations, layer_norm, rms_norm
 from anyflash.compat.flash_attn.ops.triton import layer_norm as fused_norm
 from anyflash.compat.flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from anyflash.core.errors import Unsupported
 
 WIDE = torch.float64
 close = torch.testing.assert_close
@@ -22,6 +23,11 @@ close = torch.testing.assert_close
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def test_cross_entropy_of_another_reduction() -> None:
+    with pytest.raises(Unsupported, match="reduction='median'"):
+        CrossEntropyLoss(reduction="median")
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

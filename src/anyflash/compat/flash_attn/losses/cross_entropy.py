@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anyflash.compat.errors import refuse_given
+from anyflash.compat.errors import refuse_given, unsupported
 from anyflash.compat.flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
 
@@ -29,7 +29,7 @@ class CrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "none", "sum"):
-            raise NotImplementedError("Only support reduction = 'mean' or 'none' or 'sum'")
+            raise unsupported("reduction", repr(reduction), "it is mean, sum or none")
         refuse_given("a vocabulary split over a process group is not provided", process_group=process_group)
         self.ignore_index = ignore_index
         self.reduction = reduction
