@@ -11,6 +11,6 @@
 
 from __future__ import annotations
 
-from anyflash.semantics.mask import Mask, as_mask, causal, dense, documents, prefix, tree, window
+from anyflash.semantics.mask import Mask, as_mask, causal, dense, documents, prefix, tree, upper_left, window
 
-__all__ = ["Mask", "as_mask", "causal", "dense", "documents", "prefix", "tree", "window"]
+__all__ = ["Mask", "as_mask", "causal", "dense", "documents", "prefix", "tree", "upper_left", "window"]

@@ -114,11 +114,6 @@ def softcap(value: float) -> float | None:
     return None if value == 0.0 else value
 
 
-def top_left(at: Any) -> Any:
-    """The causal mask of version 1, which counts keys from the first row."""
-    return at.k <= at.row
-
-
 def offset_window(causal: bool, window_size: Sequence[int | None]) -> tuple[bool, Window, Mask]:
     """Of generation 4: (causal, window, mask) of ours that together allow the same keys."""
     left, right = window_size

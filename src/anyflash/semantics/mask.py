@@ -26,7 +26,7 @@ from anyflash.semantics.evaluate import evaluate
 from anyflash.semantics.expr import At, Expr, Kind, Table, const, var
 from anyflash.semantics.text import bind
 
-__all__ = ["Mask", "as_mask", "causal", "dense", "documents", "prefix", "tree", "window"]
+__all__ = ["Mask", "as_mask", "causal", "dense", "documents", "prefix", "tree", "upper_left", "window"]
 
 Build = Callable[[At], Expr]
 _AXES = ("batch", "head", "row", "k")
@@ -164,6 +164,17 @@ def causal() -> Mask:
     1 1
     """
     return Mask(lambda at: at.k <= at.q, "causal()")
+
+
+def upper_left() -> Mask:
+    """Keys up to the query's row, both counted from the first: k <= row. torch calls this causal; with as
+    many queries as keys it is `causal()`.
+
+    >>> print(upper_left().draw(2, 4))
+    1 0 0 0
+    1 1 0 0
+    """
+    return Mask(lambda at: at.k <= at.row, "upper_left()")
 
 
 def window(left: int | None = None, right: int | None = None) -> Mask:

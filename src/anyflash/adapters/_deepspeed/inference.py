@@ -18,9 +18,7 @@ from torch import Tensor
 from anyflash import api
 from anyflash.core.errors import Unsupported
 from anyflash.core.log import logger
-from anyflash.semantics.mask import Mask
-
-_UPPER_LEFT = Mask(lambda at: at.k <= at.row)
+from anyflash.semantics.mask import Mask, upper_left
 
 
 def context_function(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,4 +102,4 @@ def _mask(triangular: bool, window: int | None, rows: int) -> Mask | None:
         return Mask(lambda at: at.k > at.q - window)
     if not triangular:
         return None
-    return _UPPER_LEFT if window is None else _UPPER_LEFT & (lambda at: at.k > at.row - window)
+    return upper_left() if window is None else upper_left() & (lambda at: at.k > at.row - window)

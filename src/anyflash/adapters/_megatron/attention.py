@@ -22,11 +22,10 @@ from torch import Tensor
 
 from anyflash import api
 from anyflash.semantics.expr import where
-from anyflash.semantics.mask import Mask
+from anyflash.semantics.mask import Mask, upper_left
 
 _MASKED = -10000.0
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
-_UPPER_LEFT = Mask(lambda at: at.k <= at.row)
 
 
 def forward(
@@ -78,7 +77,7 @@ def _masked(attention_mask: Tensor) -> Any:
 def _upper_left(causal: bool, window: tuple[int, int] | None) -> Mask | None:
     """Rows and keys of a packed sequence are both counted from its start: it may end before its room does."""
     left, right = window or (-1, -1)
-    parts = [_UPPER_LEFT] if causal else []
+    parts = [upper_left()] if causal else []
     if left >= 0:
         parts.append(Mask(lambda at: at.k >= at.row - left))
     if right >= 0:

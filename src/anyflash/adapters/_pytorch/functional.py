@@ -8,7 +8,7 @@ import torch
 
 from anyflash import api
 from anyflash.core.log import logger
-from anyflash.semantics.mask import Mask
+from anyflash.semantics.mask import upper_left
 
 # What has the name without us; activation takes it anew.
 torchs_own = torch.nn.functional.scaled_dot_product_attention
@@ -64,8 +64,7 @@ def program(rows: int, keys: int, attn_mask: torch.Tensor | None, is_causal: boo
         mask, bias = (None, [attn_mask]) if attn_mask.is_floating_point() else (attn_mask, None)
     bottom_right = is_causal and rows == keys
     if is_causal and not bottom_right:
-        upper_left = Mask(lambda at: at.k <= at.row)
-        mask = upper_left if mask is None else upper_left & mask
+        mask = upper_left() if mask is None else upper_left() & mask
     return {"causal": bottom_right, "mask": mask, "bias": bias}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from xformers.ops.fmha import attn_bias as theirs
 
 from anyflash.adapters._torch.explicit import Lengths
-from anyflash.semantics.mask import Mask
+from anyflash.semantics.mask import upper_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,6 @@ class Meaning:
     bias: Tensor | None = None
 
 
-_UPPER_LEFT = Mask(lambda at: at.k <= at.row)
 _CAUSAL = {"causal": True}
 
 
@@ -43,18 +42,18 @@ def _causal_window(bias: Any) -> dict[str, Any]:
 
 def _upper_left_window(bias: Any) -> dict[str, Any]:
     size = bias._window_size
-    return {"mask": _UPPER_LEFT & (lambda at: at.k > at.row - size)}
+    return {"mask": upper_left() & (lambda at: at.k > at.row - size)}
 
 
 # By exact type: a subclass that is not here means something else.
 _MASKS: dict[type, Any] = {
-    theirs.LowerTriangularMask: lambda b: {"mask": _UPPER_LEFT},
-    theirs.LowerTriangularMaskWithTensorBias: lambda b: {"mask": _UPPER_LEFT},
+    theirs.LowerTriangularMask: lambda b: {"mask": upper_left()},
+    theirs.LowerTriangularMaskWithTensorBias: lambda b: {"mask": upper_left()},
     theirs.LowerTriangularFromBottomRightMask: lambda b: _CAUSAL,
     theirs.LowerTriangularFromBottomRightLocalAttentionMask: _causal_window,
     theirs.LocalAttentionFromBottomRightMask: lambda b: _window(b.window_left, b.window_right),
     theirs.BlockDiagonalMask: lambda b: {},
-    theirs.BlockDiagonalCausalMask: lambda b: {"mask": _UPPER_LEFT},
+    theirs.BlockDiagonalCausalMask: lambda b: {"mask": upper_left()},
     theirs.BlockDiagonalCausalFromBottomRightMask: lambda b: _CAUSAL,
     theirs.BlockDiagonalCausalLocalAttentionMask: _upper_left_window,
     theirs.BlockDiagonalCausalLocalAttentionFromBottomRightMask: _causal_window,

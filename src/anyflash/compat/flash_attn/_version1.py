@@ -10,6 +10,7 @@ from torch import Tensor
 from anyflash.compat import calls, mapping
 from anyflash.compat.calls import Lengths, Terms
 from anyflash.compat.flash_attn import _checks
+from anyflash.semantics.mask import upper_left
 
 
 def flash_attn_unpadded_func(
@@ -33,7 +34,7 @@ def flash_attn_unpadded_func(
     """
     _checks.packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k))
-    mask = mapping.top_left if causal else None
+    mask = upper_left() if causal else None
     what = Terms(scale=softmax_scale, dropout_p=float(dropout_p), mask=mask)
     if not return_attn_probs:
         return calls.attend(q, k, v, what, lengths)[0]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anyflash.compat import calls, mapping
+from anyflash.compat import calls
 from anyflash.compat.calls import Terms
 from anyflash.compat.flash_attn import _checks
+from anyflash.semantics.mask import upper_left
 
 
 def flash_attn_func(
@@ -22,7 +23,7 @@ def flash_attn_func(
     bias (1 or B, 1 or H, 1 or Sq, Sk) gets a gradient where it requires one, which upstream refuses.
     """
     _checks.dense(q, k, v)
-    what = Terms(scale=softmax_scale, mask=mapping.top_left if causal else None, bias=_floating(bias))
+    what = Terms(scale=softmax_scale, mask=upper_left() if causal else None, bias=_floating(bias))
     return calls.attend(q, k, v, what)[0]
 
 
