@@ -11,15 +11,9 @@ from torch import Tensor
 import anyflash
 from anyflash.compat import mapping
 from anyflash.compat.errors import Refused
-from anyflash.dispatch import plan
-from anyflash.frontends import base
-from anyflash.frontends.base import Request
-from anyflash.frontends.torch_ import FRONTEND
-from anyflash.frontends.torch_arrays import dtype_name, view
+from anyflash.frontends import torch_explicit
 from anyflash.semantics import rng
-from anyflash.semantics.keywords import describe_program
 
-_SEED_BITS = 63
 # Columns of the probabilities that one pass computes; head_dim of v may be 1 to 576.
 _COLUMNS = 512
 
@@ -113,7 +107,7 @@ def drawn(what: Terms) -> Terms:
     """The same with its seed fixed, for a caller that must repeat the dropout."""
     if what.dropout_p == 0.0 or what.seed is not None:
         return what
-    return replace(what, seed=int(torch.randint(2**_SEED_BITS - 1, (), dtype=torch.int64)))
+    return replace(what, seed=torch_explicit.draw_seed())
 
 
 def their_lse(q: Tensor, k: Tensor, lse: Tensor, what: Terms, lengths: Lengths | None) -> Tensor:
@@ -154,25 +148,22 @@ def gradients(
     Those may be of more keys than k has, merged from several calls, as ring attention needs it: probabilities
     are exp(score - lse).
     """
-    lse = _our_lse(q, k, softmax_lse, what, lengths).to(
-        torch.float64 if q.dtype is torch.float64 else torch.float32
+    lse = _our_lse(q, k, softmax_lse, what, lengths)
+    packed = None if lengths is None else torch_explicit.Lengths(lengths.cu_q, lengths.cu_k, lengths.used_k)
+    keywords = what.keywords()
+    bias = keywords.pop("bias")
+    found = torch_explicit.backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        lengths=packed,
+        seed=what.seed,
+        bias=() if bias is None else (bias,),
+        **keywords,
     )
-    layout = "bshd" if lengths is None else "thd"
-    program, tables, names = describe_program(
-        q.shape,
-        k.shape,
-        lambda _, array: dtype_name(array),
-        layout=layout,
-        sequences=None if lengths is None else lengths.sequences,
-        **what.keywords(),
-    )
-    packed = (None,) * 3 if lengths is None else (lengths.cu_q, lengths.cu_k, lengths.used_k)
-    arrays = (q, k, v, layout, tables, names, what.sinks, *packed)
-    request = Request(program, *arrays, what.dropout_p != 0.0, what.seed)
-    problem, operands = base.describe_request(FRONTEND, request)
-    stats = lse.new_empty((2, *lse.shape))
-    plan.restate(problem, operands.q.device, view(lse), view(stats))
-    found = base.backward(FRONTEND, request, out, stats, dout)
     return found.dq, found.dk, found.dv
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from anyflash.adapters._torch import explicit
+from anyflash.frontends import torch_explicit as explicit
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias1: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from anyflash import KVCache, attention_kvcache
 from anyflash.adapters._pytorch.functional import program
-from anyflash.adapters._torch import explicit
-from anyflash.adapters._torch.explicit import Lengths
 from anyflash.core.errors import Unsupported
+from anyflash.frontends import torch_explicit as explicit
+from anyflash.frontends.torch_explicit import Lengths
 
 _SDPA = "_scaled_dot_product_flash_attention_for_cpu"
 _VARLEN = "_flash_attention"

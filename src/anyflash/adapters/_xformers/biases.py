@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from xformers.ops.fmha import attn_bias as theirs
 
-from anyflash.adapters._torch.explicit import Lengths
+from anyflash.frontends.torch_explicit import Lengths
 from anyflash.semantics.mask import upper_left
 
 

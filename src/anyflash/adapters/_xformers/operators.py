@@ -18,9 +18,9 @@ from xformers.ops.fmha.common import (
     Inputs,
 )
 
-from anyflash.adapters._torch import explicit
 from anyflash.adapters._xformers.biases import TYPES, Meaning, meaning
 from anyflash.core.errors import Unsupported
+from anyflash.frontends import torch_explicit as explicit
 
 _MAX_HEAD_DIM = 576
 

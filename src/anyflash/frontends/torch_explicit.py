@@ -1,4 +1,4 @@
-"""Attention as two calls, for doors below autograd: those keep its results and ask for gradients themselves.
+"""Attention as two calls, for callers below autograd: they keep its results and ask for gradients themselves.
 
 Where a row's scores are all huge negatives, an lse in float32 has rounded away what they differ by. A door
 that lets us keep `stats` has the right gradient there too; one that carries no more than lse cannot.
