@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +13,7 @@ torch = pytest.importorskip("torch")
 from anyflash.adapters import openfold as adapter  # noqa: E402
 from anyflash.adapters._openfold.attention import attention_for_openfold  # noqa: E402
 
-SOURCE = os.environ.get("ANYFLASH_SRC_OPENFOLD")
+SOURCE = adapter.source
 DOUBLE = torch.float64
 
 # What OpenFold hands to `_attention`, by position: the shape of q, k and v, and those of the biases.
@@ -69,21 +65,11 @@ def test_absent() -> None:
 @pytest.fixture
 def openfold() -> Iterator[None]:
     """The checkout's modules without its packages' own imports, which want all of its dependencies."""
-    if SOURCE is None:
-        pytest.skip("ANYFLASH_SRC_OPENFOLD names no checkout of OpenFold")
+    if SOURCE.folder() is None:
+        pytest.skip(f"{SOURCE.variable} names no checkout of OpenFold")
     pytest.importorskip("scipy")
-    kernel = ModuleType("attn_core_inplace_cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, kernel.__name__, kernel)
-        for package in ("openfold", "openfold.model", "openfold.utils"):
-            bare = ModuleType(package)
-            bare.__path__ = [str(Path(SOURCE, *package.split(".")))]
-            patch.setitem(sys.modules, package, bare)
-        before = set(sys.modules)
+    with adapter.importable():
         yield
-    for name in set(sys.modules) - before:
-        if name.startswith("openfold"):
-            del sys.modules[name]
 
 
 def triangle(starting: bool) -> tuple[Any, tuple[torch.Tensor, ...], torch.Tensor]:

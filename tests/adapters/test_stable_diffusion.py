@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ torch = pytest.importorskip("torch")
 from anyflash.adapters import stable_diffusion as adapter  # noqa: E402
 from anyflash.adapters._stable_diffusion.attention import attention_block, cross_attention  # noqa: E402
 
-SOURCE = os.environ.get("ANYFLASH_SRC_LDM")
+SOURCE = adapter.source
 DOUBLE = torch.float64
 
 
@@ -57,21 +55,13 @@ def test_block_members() -> None:
 
 @pytest.fixture
 def ldm() -> Iterator[None]:
-    if SOURCE is None:
-        pytest.skip("ANYFLASH_SRC_LDM names no checkout of CompVis' stable-diffusion")
+    if SOURCE.folder() is None:
+        pytest.skip(f"{SOURCE.variable} names no checkout of CompVis' stable-diffusion")
     for needed in ("einops", "PIL"):
         pytest.importorskip(needed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SOURCE)
-        # The UNet looks for this class only to turn its instances into lists.
-        settings = ModuleType("omegaconf.listconfig")
-        settings.ListConfig = type("ListConfig", (), {})  # type: ignore[attr-defined]
-        patch.setitem(sys.modules, "omegaconf", ModuleType("omegaconf"))
-        patch.setitem(sys.modules, settings.__name__, settings)
+    with adapter.importable():
         yield
-    adapter.remove()
-    for name in [name for name in sys.modules if name.split(".")[0] == "ldm"]:
-        del sys.modules[name]
+        adapter.remove()
 
 
 def modules() -> list[tuple[Any, tuple[torch.Tensor, ...]]]:

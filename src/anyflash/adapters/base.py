@@ -6,7 +6,10 @@ import importlib.metadata
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,14 @@ class Target:
     def tested(self, version: str) -> bool:
         return _release(self.minimum) <= _release(version) < _release(self.below)
 
+    def absent(self) -> str | None:
+        """What a self-check says of a package that is not installed; None if it is."""
+        return None if self.installed() else f"{self.package} is not installed: {self.how_to_install}"
+
+    def unusable(self, error: ImportError) -> str:
+        """What a self-check says of an installed package that lacks what the adapter imports."""
+        return f"{error}; {self.package} {self.installed()} is here, tested is {self}"
+
     def warn_if_untested(self) -> None:
         """Warn, naming the range, if the installed version lies outside it."""
         version = self.installed()
@@ -50,6 +61,17 @@ def _release(version: str) -> tuple[int, ...]:
     """The leading numbers: "2.13.0+cpu" gives (2, 13, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def disagreement(what: str, ours: torch.Tensor, own: torch.Tensor, roundings: int = 64) -> str | None:
+    """None if `ours` is `own` up to `roundings` roundings of its greatest value; else what to say of it."""
+    import torch
+
+    difference = float((ours - own).detach().abs().max())
+    bound = roundings * torch.finfo(own.dtype).eps * float(own.detach().abs().max())
+    if difference <= bound:
+        return None
+    return f"{what} differs from its own attention by {difference:.1e}, rounding by {bound:.1e}"
 
 
 class Adapter(Protocol):

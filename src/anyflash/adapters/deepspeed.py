@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from anyflash.adapters.base import Target
+from anyflash.adapters.base import Target, disagreement
 
 name = "deepspeed"
 target = Target(
@@ -75,8 +75,8 @@ def _has_compiled() -> bool:
 
 def self_check() -> str | None:
     """None if attention with two biases and its gradients are those of the definition; else what is wrong."""
-    if target.installed() is None:
-        return f"{target.package} is not installed: {target.how_to_install}"
+    if (absent := target.absent()) is not None:
+        return absent
     was_installed = bool(_undo)
     try:
         import torch
@@ -84,7 +84,7 @@ def self_check() -> str | None:
 
         install()
     except ImportError as error:
-        return f"{error}; {target.package} {target.installed()} is here, tested is {target}"
+        return target.unusable(error)
     try:
         generator = torch.Generator().manual_seed(0)
         shapes = ((1, 2, 9, 2, 8), (1, 2, 1, 1, 9), (1, 1, 2, 9, 9))
@@ -96,10 +96,9 @@ def self_check() -> str | None:
         own = torch.einsum("bnhqk,bnkhd->bnqhd", scores.softmax(-1), x)
         gradients = (torch.autograd.grad(o.square().sum(), (x, mask, pair)) for o in (ours, own))
         for mine, wanted in zip((ours, *next(gradients)), (own, *next(gradients)), strict=True):
-            difference = float((mine - wanted).detach().abs().max())
-            bound = 256 * torch.finfo(torch.float64).eps * float(wanted.detach().abs().max())
-            if not difference <= bound:
-                return f"attention with two biases differs by {difference:.1e}, rounding by {bound:.1e}"
+            wrong = disagreement("attention with two biases", mine, wanted, 256)
+            if wrong is not None:
+                return wrong
         return None
     finally:
         if not was_installed:

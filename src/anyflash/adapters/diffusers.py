@@ -22,7 +22,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from anyflash.adapters.base import Target
+from anyflash.adapters.base import Target, disagreement
 
 name = "diffusers"
 target = Target(
@@ -106,8 +106,8 @@ class _Functional(ModuleType):
 
 def self_check() -> str | None:
     """None if a tiny UNet agrees with its own attention; else what is wrong."""
-    if target.installed() is None:
-        return f"{target.package} is not installed: {target.how_to_install}"
+    if (absent := target.absent()) is not None:
+        return absent
     was_installed = bool(_undo)
     try:
         import torch
@@ -116,7 +116,7 @@ def self_check() -> str | None:
 
         install()
     except ImportError as error:
-        return f"{error}; {target.package} {target.installed()} is here, tested is {target}"
+        return target.unusable(error)
     state = torch.get_rng_state()
     try:
         torch.manual_seed(0)
@@ -135,11 +135,7 @@ def self_check() -> str | None:
         for backend in ("native", BACKEND):
             with torch.no_grad(), attention_backend(backend):
                 outputs.append(model(image, 3, text).sample)
-        difference = float((outputs[0] - outputs[1]).abs().max())
-        bound = 64 * torch.finfo(torch.float32).eps * float(outputs[0].abs().max())
-        if not difference <= bound:
-            return f"a tiny UNet differs from its own attention by {difference:.1e}, rounding by {bound:.1e}"
-        return None
+        return disagreement("a tiny UNet", outputs[1], outputs[0])
     finally:
         torch.set_rng_state(state)
         if not was_installed:

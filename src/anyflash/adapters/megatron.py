@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from anyflash.adapters.base import Target
+from anyflash.adapters.base import Target, disagreement
 
 name = "megatron"
 target = Target(
@@ -58,15 +58,15 @@ def remove() -> None:
 
 def self_check() -> str | None:
     """None if causal attention of grouped heads is that of the definition; else what is wrong."""
-    if target.installed() is None:
-        return f"{target.package} is not installed: {target.how_to_install}"
+    if (absent := target.absent()) is not None:
+        return absent
     try:
         import torch
         from megatron.core.transformer.enums import AttnMaskType
 
         from anyflash.adapters._megatron.attention import forward
     except ImportError as error:
-        return f"{error}; {target.package} {target.installed()} is here, tested is {target}"
+        return target.unusable(error)
     from types import SimpleNamespace
 
     layer = SimpleNamespace(
@@ -84,8 +84,4 @@ def self_check() -> str | None:
     scores = torch.einsum("qbhd,kbhd->bhqk", q, keys) * 8**-0.5
     scores = scores.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -10000.0)
     own = torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), keys).flatten(2)
-    difference = float((ours - own).abs().max())
-    bound = 64 * torch.finfo(torch.float64).eps * float(own.abs().max())
-    if not difference <= bound:
-        return f"causal attention differs from the definition by {difference:.1e}, rounding by {bound:.1e}"
-    return None
+    return disagreement("causal attention of grouped heads", ours, own)

@@ -11,8 +11,11 @@ call too. The flags that choose another kernel (DeepSpeed's, "lma", flash) go pa
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
-from anyflash.adapters.base import Target
+from anyflash.adapters.base import Target, disagreement
+from anyflash.adapters.checkout import Checkout
 
 name = "openfold"
 target = Target(
@@ -23,7 +26,21 @@ target = Target(
     how_to_install="pip install --no-build-isolation git+https://github.com/aqlaboratory/openfold",
 )
 
+source = Checkout(
+    package="openfold",
+    variable="ANYFLASH_SRC_OPENFOLD",
+    repository="https://github.com/aqlaboratory/openfold",
+    revision="ce0029e",
+)
+
 _undo: list[Callable[[], object]] = []
+
+
+def importable() -> AbstractContextManager[Path]:
+    """Within: its modules come from the checkout, without the imports of its packages and its CUDA kernel."""
+    return source.importable(
+        "openfold", "openfold.model", "openfold.utils", stubs=("attn_core_inplace_cuda",)
+    )
 
 
 def install() -> None:
@@ -62,11 +79,8 @@ def self_check() -> str | None:
         shapes = ((1, 3, 2, 7, 8),) * 3 + ((1, 3, 1, 1, 7), (1, 1, 2, 7, 7))
         q, k, v, mask, pair = (torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes)
         own = primitives._attention(q, k, v, [mask, pair])
-        difference = float((attention_for_openfold(q, k, v, [mask, pair]) - own).abs().max())
-        bound = 64 * torch.finfo(torch.float64).eps * float(own.abs().max())
-        if not difference <= bound:
-            return f"attention with two biases differs by {difference:.1e}, rounding by {bound:.1e}"
-        return None
+        ours = attention_for_openfold(q, k, v, [mask, pair])
+        return disagreement("attention with two biases", ours, own)
     finally:
         if was_installed:
             install()

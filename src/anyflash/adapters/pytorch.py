@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from anyflash.adapters.base import Target
+from anyflash.adapters.base import Target, disagreement
 
 name = "pytorch"
 target = Target(
@@ -115,8 +115,8 @@ def use() -> Iterator[None]:
 
 def self_check() -> str | None:
     """None if a tiny nn.TransformerEncoder agrees with torch's own attention; else what is wrong."""
-    if target.installed() is None:
-        return f"{target.package} is not installed: {target.how_to_install}"
+    if (absent := target.absent()) is not None:
+        return absent
     try:
         import torch
     except ImportError as error:
@@ -132,8 +132,4 @@ def self_check() -> str | None:
             ours = layer(x, src_mask=causal)
     finally:
         torch.set_rng_state(state)
-    difference = float((own - ours).detach().abs().max())
-    bound = 64 * torch.finfo(torch.float64).eps * float(own.detach().abs().max())
-    if not difference <= bound:
-        return f"a tiny encoder differs from torch's attention by {difference:.1e}, rounding by {bound:.1e}"
-    return None
+    return disagreement("a tiny encoder", ours, own)

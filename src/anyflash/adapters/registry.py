@@ -9,7 +9,7 @@ from typing import cast
 
 from anyflash.adapters.base import Adapter
 
-NOT_ADAPTERS = {"base", "registry"}
+NOT_ADAPTERS = {"base", "checkout", "registry"}
 
 
 def names() -> list[str]:

@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from anyflash.adapters.base import Target
+from anyflash.adapters.base import Target, disagreement
 
 name = "transformers"
 target = Target(
@@ -85,8 +85,8 @@ def _translate(model: Any, method: str) -> None:
 
 def self_check() -> str | None:
     """None if a tiny random Llama with padding agrees with its own attention; else what is wrong."""
-    if target.installed() is None:
-        return f"{target.package} is not installed: {target.how_to_install}"
+    if (absent := target.absent()) is not None:
+        return absent
     was_installed = bool(_undo)
     try:
         import torch
@@ -94,7 +94,7 @@ def self_check() -> str | None:
 
         install()
     except ImportError as error:
-        return f"{error}; {target.package} {target.installed()} is here, tested is {target}"
+        return target.unusable(error)
 
     state = torch.get_rng_state()
     try:
@@ -110,11 +110,7 @@ def self_check() -> str | None:
             model.set_attn_implementation(implementation)
             with torch.no_grad():
                 outputs.append(model(tokens, attention_mask=present).last_hidden_state[present.bool()])
-        difference = float((outputs[0] - outputs[1]).abs().max())
-        bound = 64 * torch.finfo(torch.float32).eps * float(outputs[0].abs().max())
-        if not difference <= bound:
-            return f"a tiny Llama differs from its own attention by {difference:.1e}, rounding by {bound:.1e}"
-        return None
+        return disagreement("a tiny Llama", outputs[1], outputs[0])
     finally:
         torch.set_rng_state(state)
         if not was_installed:

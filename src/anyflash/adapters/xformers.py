@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from anyflash.adapters.base import Target
+from anyflash.adapters.base import Target, disagreement
 
 name = "xformers"
 target = Target(
@@ -73,8 +73,8 @@ def remove() -> None:
 
 def self_check() -> str | None:
     """None if packed causal attention and its gradients agree with the scores formed; else what is wrong."""
-    if target.installed() is None:
-        return f"{target.package} is not installed: {target.how_to_install}"
+    if (absent := target.absent()) is not None:
+        return absent
     was_installed = bool(_undo)
     try:
         import torch
@@ -82,7 +82,7 @@ def self_check() -> str | None:
 
         install()
     except ImportError as error:
-        return f"{error}; {target.package} {target.installed()} is here, tested is {target}"
+        return target.unusable(error)
     try:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 9, 2, 8, dtype=torch.float64, generator=generator).requires_grad_()
@@ -95,12 +95,9 @@ def self_check() -> str | None:
             ("attention", ours, own),
             ("gradient", *(torch.autograd.grad(o.square().sum(), x)[0] for o in (ours, own))),
         ):
-            difference = float((mine - wanted).detach().abs().max())
-            bound = 256 * torch.finfo(torch.float64).eps * float(wanted.detach().abs().max())
-            if not difference <= bound:
-                return (
-                    f"packed {what} differs from the definition by {difference:.1e}, rounding by {bound:.1e}"
-                )
+            wrong = disagreement(f"packed {what}", mine, wanted, 256)
+            if wrong is not None:
+                return wrong
         return None
     finally:
         if not was_installed:

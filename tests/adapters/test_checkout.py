@@ -1,0 +1,70 @@
+"""Importing from a folder that the environment names, and leaving no trace of it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from anyflash.adapters.checkout import Checkout
+
+SOURCE = Checkout("Some System", "ANYFLASH_SRC_SOME", "https://example.org/some-system", "0123abc")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    package = tmp_path / "inner" / "some_system" / "model"
+    package.mkdir(parents=True)
+    for heavy in (package.parent, package):
+        (heavy / "__init__.py").write_text("raise RuntimeError('wants all of its dependencies')\n")
+    (package / "layers.py").write_text("import its_kernel\nVALUE = 7\n")
+    monkeypatch.setenv(SOURCE.variable, str(tmp_path))
+    return tmp_path
+
+
+def test_importable(folder: Path) -> None:
+    kernel = ModuleType("its_kernel")
+    sys.modules["its_kernel"] = kernel
+    before, path = dict(sys.modules), list(sys.path)
+    try:
+        with SOURCE.importable(
+            "some_system", "some_system.model", stubs=("its_kernel",), under="inner"
+        ) as root:
+            assert root == folder / "inner"
+            assert importlib.import_module("some_system.model.layers").VALUE == 7
+            assert sys.modules["its_kernel"] is not kernel
+        assert sys.modules["its_kernel"] is kernel
+        assert sys.modules.keys() == before.keys()
+        assert sys.path == path
+    finally:
+        del sys.modules["its_kernel"]
+
+
+def test_revision(folder: Path) -> None:
+    assert SOURCE.installed() == "source"
+    git = folder / ".git"
+    (git / "refs" / "heads").mkdir(parents=True)
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    (git / "refs" / "heads" / "main").write_text("0123abcdef\n")
+    assert SOURCE.installed() == "0123abc"
+    (git / "HEAD").write_text("fedcba9876\n")
+    assert SOURCE.installed() == "fedcba9"
+
+
+def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SOURCE.variable, raising=False)
+    assert SOURCE.folder() is None
+    assert SOURCE.installed() is None
+    with pytest.raises(
+        FileNotFoundError, match=r"git clone https://example\.org/some-system .* ANYFLASH_SRC_SOME"
+    ):
+        SOURCE.importable().__enter__()
+
+
+def test_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(SOURCE.variable, str(tmp_path / "nothing"))
+    with pytest.raises(NotADirectoryError, match="ANYFLASH_SRC_SOME"):
+        SOURCE.folder()
