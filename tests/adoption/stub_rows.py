@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -42,7 +43,30 @@ def dies(quick: bool) -> Workload:
     os.abort()
 
 
+def trains(curves: dict[Role, list[float]]) -> Callable[[bool], Workload]:
+    return lambda quick: dataclasses.replace(workload(), train=lambda role, steps: curves[role][:steps])
+
+
+FALLING = [4.0 - 0.25 * i for i in range(8)]
+NEAR = [loss + 0.01 for loss in FALLING]
+
 ROWS = [
+    Row("learns", "Stub", "trains", (HERE,), trains({"eager": FALLING, "best": FALLING, "ours": NEAR})),
+    Row(
+        "parts",
+        "Stub",
+        "trains otherwise",
+        (HERE,),
+        trains({"eager": FALLING, "best": FALLING, "ours": FALLING[:7] + [2.5]}),
+    ),
+    Row("stays", "Stub", "learns nothing", (HERE,), trains(dict.fromkeys(SECONDS, [4.0] * 8))),
+    Row(
+        "diverges",
+        "Stub",
+        "is not a number",
+        (HERE,),
+        trains({"eager": FALLING, "best": FALLING, "ours": [float("nan")] * 8}),
+    ),
     Row("right", "Stub", "goes right", (HERE,), lambda quick: workload()),
     Row("wrong", "Stub", "differs", (HERE,), lambda quick: workload(lambda x: x * 1.001)),
     Row("fails", "Stub", "cannot be built", (HERE,), fails),

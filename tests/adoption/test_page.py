@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 from adoption import sample
-from anyflash.adoption import page
+from anyflash.adoption import claims, markdown, page
 
 VOID = {"meta", "br"}
 
@@ -50,9 +52,16 @@ def test_whole_page() -> None:
     expected = [machine["cpu"], machine["date"].replace("T", " "), *machine["versions"].values()]
     expected += ["A quick run", "1.59×", "0.90×", "398 ms", "71 MiB", "pip install 'it>=1,<2'"]
     expected += ["RuntimeError: our <outputs> err", "line <1>", "A <system>", *report["how"]]
+    expected = [
+        *expected,
+        "3 training steps",
+        "at most 1.0e-02, of 1.75 gained",
+        claims.CLAIMS["PyTorch"].text,
+    ]
     for text in expected:
         assert text in found.text, text
-    assert found.tags.count("svg") == 2 + 2 * 3
+    assert found.tags.count("svg") == 2 + 2 * 3 + 1
+    assert found.tags.count("polyline") == 3
     assert found.text.count("anyflash") >= 3
 
 
@@ -61,6 +70,31 @@ def test_no_outside_resource() -> None:
     assert not re.search(r"https?://|@import|url\(", html)
     assert not {"src", "href"} & {name for name, _ in parsed(html).attributes}
     assert "script" not in parsed(html).tags
+
+
+def test_markdown(tmp_path: Path) -> None:
+    """Everything that the page says is in the report, and every chart that it shows is a whole file."""
+    report = sample.report()
+    file = tmp_path / "docs" / "found.md"
+    written = markdown.write(report, file)
+    text = file.read_text()
+    for wanted in (
+        *report["how"],
+        report["machine"]["cpu"],
+        "1.59×",
+        "398 ms",
+        "RuntimeError: our <outputs> err",
+        "`pip install 'it>=1,<2'`",
+        claims.CLAIMS["PyTorch"].text,
+    ):
+        assert wanted in text
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert shown == ["found-speed.svg", "found-memory.svg", "found-packed.svg"]
+    assert written == [file, *(file.with_name(name) for name in shown)]
+    for chart in written[1:]:
+        root = ElementTree.parse(chart).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert int(root.attrib["width"]) > 0
 
 
 def test_nothing_measured() -> None:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adoption import sample, stub_rows
-from anyflash.adoption import registry, run
+from anyflash.adoption import claims, registry, run
 from anyflash.adoption.measure import QUICK
 from anyflash.adoption.row import Row
 from anyflash.cli import main
@@ -59,6 +59,9 @@ def test_a_row_that_goes_right(outcome: Run) -> None:
         ("wrong", "our outputs err by 1.0e-03"),
         ("fails", "OSError: the model file is gone"),
         ("dies", "ended with code"),
+        ("parts", "our loss leaves eager's by 2.50e-01 in 8 steps, and training gained 1.75"),
+        ("stays", "learned nothing in 8 steps"),
+        ("diverges", "not finite: eager 2.25, best 2.25, ours nan"),
     ],
 )
 def test_a_row_that_fails(name: str, why: str, outcome: Run) -> None:
@@ -67,6 +70,14 @@ def test_a_row_that_fails(name: str, why: str, outcome: Run) -> None:
     assert why in found["why"]
     if name == "dies":
         assert any("last words" in line for line in found["log"])
+
+
+def test_a_row_that_trains(outcome: Run) -> None:
+    found = outcome("learns")
+    assert found["status"] == "ok"
+    assert found["curve"]["losses"]["ours"] == stub_rows.NEAR
+    assert found["curve"]["difference"] == pytest.approx(0.01)
+    assert found["curve"]["gained"] == 1.75
 
 
 def test_an_absent_system(outcome: Run) -> None:
@@ -100,6 +111,38 @@ def test_command(failing: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for text in ("1.59×", "398 ms", "71 MiB", "1.5e-06", "pip install 'it>=1,<2'"):
         assert text in result.output
     assert ("our <outputs> err" in result.output) == failing
+
+
+def test_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows that were measured stay; those that failed or were not there are run."""
+    asked: list[str] = []
+
+    def measured(rows: list[Row], quick: bool, progress: Any) -> list[dict[str, Any]]:
+        asked[:] = [r.name for r in rows]
+        return [r | {"workload": f"run of {len(asked)}"} for r in sample.rows() if r["name"] in asked]
+
+    names = [r["name"] for r in sample.rows()]
+    everything = [Row(n, "Stub", n, (), stub_rows.fails) for n in names]
+    monkeypatch.setattr(run, "run", measured)
+    monkeypatch.setattr(registry, "rows", lambda only=None: [r for r in everything if only in (None, r.name)])
+    command = ["adoption", "--quick", "--out", str(tmp_path)]
+    found = []
+    for options in ([], ["--resume"], ["--resume", "--only", "packed"]):
+        CliRunner().invoke(main.app(), [*command, *options], catch_exceptions=False)
+        found.append((list(asked), json.loads((tmp_path / "adoption.json").read_text())))
+    assert [f[0] for f in found] == [names, ["absent", "failed"], ["packed"]]
+    assert [r["name"] for r in found[2][1]["rows"]] == names
+    works = {r["name"]: r.get("workload") for r in found[2][1]["rows"]}
+    assert (works["packed"], works["torch-encoder-float32"]) == ("run of 1", "run of 5")
+    assert len(found[2][1]["taken_up"]) == 2
+    result = CliRunner().invoke(main.app(), ["adoption", "--out", str(tmp_path), "--resume"])
+    assert "a run with other quick" in str(result.exception)
+
+
+def test_every_system_has_its_claim() -> None:
+    systems = {r.system for r in registry.rows()}
+    assert systems <= claims.CLAIMS.keys()
+    assert claims.CLAIMS.keys() <= systems
 
 
 def test_command_names_the_rows() -> None:

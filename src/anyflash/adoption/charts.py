@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -64,6 +64,36 @@ def ratios(heading: str, rows: Sequence[tuple[str, float, float]]) -> str:
             parts.append(_tag("circle", f"dot {role}", note, cx=label + unit * value, cy=y, r=6))
         parts.append(_text(f"{near:.2f}× {far:.2f}×", label + unit * far + 14, y, "value"))
     return _svg(width, bottom + 24, heading, parts)
+
+
+def losses(heading: str, curves: Mapping[str, Sequence[float]]) -> str:
+    """The loss of each step, one line a role; ours is drawn last and thin, so that the one below shows."""
+    width, height, left, right = 960, 190, 60, 16
+    values = [v for curve in curves.values() for v in curve]
+    low, high = min(values), max(values)
+    last = max(max(len(curve) for curve in curves.values()) - 1, 1)
+    top, bottom = _HEADING + 8, height - 22
+    x_unit, y_unit = (width - left - right) / last, (bottom - top) / ((high - low) or 1.0)
+    parts = [_text(heading, 0, 13, "heading")]
+    for value in (low, (low + high) / 2, high):
+        y = bottom - y_unit * (value - low)
+        parts.append(_tag("line", "grid", x1=left, x2=width - right, y1=y, y2=y))
+        parts.append(_text(f"{value:.3g}", left - 8, y, "tick", "end"))
+    steps = sorted({0, last // 2, last})
+    parts += [_text(str(step), left + x_unit * step, bottom + 14, "tick", "middle") for step in steps]
+    for role, curve in curves.items():
+        points = " ".join(
+            f"{left + x_unit * i:.5g},{bottom - y_unit * (v - low):.5g}" for i, v in enumerate(curve)
+        )
+        parts.append(f'<polyline class="curve {role}" points="{points}"/>')
+    return _svg(width, height, heading, parts)
+
+
+def standalone(svg: str, style: str) -> str:
+    """A chart as a file of its own: with its size, its namespace and the style sheet."""
+    width, height = svg.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    return svg.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1) + "\n"
 
 
 def _ticks(longest: float) -> list[float]:

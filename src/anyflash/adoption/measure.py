@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anyflash.adoption import agreement, memory, timing
+from anyflash.adoption import agreement, curve, memory, timing
 from anyflash.adoption.row import Result, Role, Row, Workload
 
 
@@ -17,10 +17,11 @@ class Effort:
 
     rounds: int
     seconds: float
+    steps: int
 
 
-QUICK = Effort(rounds=7, seconds=8.0)
-FULL = Effort(rounds=15, seconds=25.0)
+QUICK = Effort(rounds=7, seconds=8.0, steps=8)
+FULL = Effort(rounds=15, seconds=25.0, steps=40)
 Progress = Callable[[str, float], None]
 
 
@@ -48,7 +49,7 @@ def measure(row: Row, quick: bool, progress: Progress) -> dict[str, Any]:
         effort.seconds,
         lambda n: progress("timing", 0.4 + 0.4 * n / effort.rounds),
     )
-    peaks = _peaks(workload, lambda what, part: progress(what, 0.8 + 0.2 * part))
+    peaks = _peaks(workload, lambda what, part: progress(what, 0.8 + 0.1 * part))
     record["variants"] = [
         {
             "role": v.role,
@@ -61,6 +62,10 @@ def measure(row: Row, quick: bool, progress: Progress) -> dict[str, Any]:
     ]
     medians = {v["role"]: v["median"] for v in record["variants"]}
     record["speedup"] = {role: medians[role] / medians["ours"] for role in ("eager", "best")}
+    if workload.train is not None:
+        record["curve"] = curve.train(
+            workload, effort.steps, lambda part: progress("training", 0.9 + 0.1 * part)
+        )
     return record
 
 

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from anyflash.adoption import units
-from anyflash.adoption.charts import Bar, bars, ratios
+from anyflash.adoption import claims, curve, units
+from anyflash.adoption.charts import Bar, bars, losses, ratios
 
 _BUSY = 0.5
 _STYLE = Path(__file__).with_name("page.css")
@@ -20,7 +20,7 @@ def render(report: dict[str, Any]) -> str:
     parts = [_head(report)]
     if measured:
         parts.append(_overview(measured))
-        parts += [f"<h2>{escape(system)}</h2>" + _cards(measured, system) for system in _systems(measured)]
+        parts += [f"<h2>{escape(s)}</h2>" + _claim(s) + _cards(measured, s) for s in systems(measured)]
         parts.append("<h2>All figures</h2>" + _table(measured))
     failed = [r for r in rows if r["status"] == "failed"]
     if failed:
@@ -33,31 +33,43 @@ def render(report: dict[str, Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>anyflash adoption</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<title>anyflash adoption</title><style>{style()}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
 
-def _systems(rows: list[dict[str, Any]]) -> list[str]:
+def systems(rows: list[dict[str, Any]]) -> list[str]:
+    """In the order of their first rows."""
     return list(dict.fromkeys(r["system"] for r in rows))
 
 
-def _head(report: dict[str, Any]) -> str:
+def style() -> str:
+    """The style sheet of the page and of its charts."""
+    return _STYLE.read_text(encoding="utf-8")
+
+
+def facts(report: dict[str, Any]) -> dict[str, str]:
+    """The machine of a report, as a list of terms."""
     machine = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     memory = machine["memory_bytes"]
-    facts = {
+    found = {
         "Processor": f"{machine['cpu']} ({machine['architecture']})",
         "Usable cores": str(machine["cores"]),
         "Memory": units.size(memory) if memory else "unknown",
         "anyflash kernels": machine["kernels"] or "none for this processor",
         "System": machine["system"],
         "Date": machine["date"].replace("T", " "),
-        "Versions": versions,
+        "Versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
     }
+    if "taken_up" in report:
+        found["Taken up again"] = ", ".join(date.replace("T", " ") for date in report["taken_up"])
     if machine["load"] is not None and machine["load"] > _BUSY:
-        facts["Other load"] = f"{machine['load']:.1f} processes before the run: figures are less sure"
-    items = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+        found["Other load"] = f"{machine['load']:.1f} processes before the run: figures are less sure"
+    return found
+
+
+def _head(report: dict[str, Any]) -> str:
+    items = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts(report).items())
     size = " A quick run: smaller workloads, fewer repeats." if report["quick"] else ""
     return (
         "<h1>anyflash adoption</h1>"
@@ -66,27 +78,39 @@ def _head(report: dict[str, Any]) -> str:
     )
 
 
-def _overview(rows: list[dict[str, Any]]) -> str:
+def overview(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The two charts of all rows: speed-up, and peak memory as a part of theirs."""
     speed = [(r["title"], r["speedup"]["eager"], r["speedup"]["best"]) for r in rows]
     memory = []
     for r in rows:
         peak = {v["role"]: max(v["peak_bytes"], 1) for v in r["variants"]}
         memory.append((r["title"], peak["ours"] / peak["eager"], peak["ours"] / peak["best"]))
+    return (
+        ratios("Speed-up of the whole step (right of the dashed line is faster)", speed),
+        ratios("Peak memory of the step, as a part of theirs (left of it is less)", memory),
+    )
+
+
+def _overview(rows: list[dict[str, Any]]) -> str:
     legend = (
         '<p class="legend"><i style="background:var(--eager)"></i>against the system\'s eager attention'
         '<i style="background:var(--best)"></i>against its best own attention</p>'
     )
-    return (
-        '<h2>At a glance</h2><div class="card">'
-        + legend
-        + ratios("Speed-up of the whole step (right of the dashed line is faster)", speed)
-        + ratios("Peak memory of the step, as a part of theirs (left of it is less)", memory)
-        + "</div>"
-    )
+    return '<h2>At a glance</h2><div class="card">' + legend + "".join(overview(rows)) + "</div>"
 
 
 def _cards(rows: list[dict[str, Any]], system: str) -> str:
     return "".join(_card(r) for r in rows if r["system"] == system)
+
+
+def _claim(system: str) -> str:
+    claim = claims.of(system)
+    if claim is None:
+        return ""
+    return (
+        f'<p class="claim"><b>The claim:</b> {escape(claim.text)} '
+        f'<span class="note">({escape(claim.source)})</span> <b>Here:</b> {escape(claim.here)}</p>'
+    )
 
 
 def _card(row: dict[str, Any]) -> str:
@@ -102,15 +126,23 @@ def _card(row: dict[str, Any]) -> str:
         f'<p class="note">{escape(row["workload"])}</p></div><div class="factors">{factors}</div></header>'
         f'<div class="charts">{bars("time of a step: median, and each one measured", times, units.seconds)}'
         f"{bars('peak memory of a step', peaks, units.size)}</div>"
-        f'<p class="note">{escape(_agreement(row))}</p></section>'
+        f'{_curve(row)}<p class="note">{escape(agreed(row))}</p></section>'
     )
+
+
+def _curve(row: dict[str, Any]) -> str:
+    if "curve" not in row:
+        return ""
+    found = row["curve"]
+    return losses(curve.sentence(found), found["losses"])
 
 
 def _label(row: dict[str, Any], role: str) -> str:
     return next(v["label"] for v in row["variants"] if v["role"] == role)
 
 
-def _agreement(row: dict[str, Any]) -> str:
+def agreed(row: dict[str, Any]) -> str:
+    """How near ours is, in a sentence for outputs and one for gradients."""
     parts = []
     for a in row["agreement"]:
         errors = a["errors"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from anyflash.adoption import memory, page
 from anyflash.adoption.agreement import FACTORS
+from anyflash.core.errors import InvalidCall
 
 FORMAT = 1
 _HOW = """
@@ -39,6 +40,29 @@ def report(rows: list[dict[str, Any]], quick: bool, where: dict[str, Any]) -> di
         "how": _how(),
         "rows": rows,
     }
+
+
+def read(file: Path) -> dict[str, Any]:
+    """An earlier run's adoption.json. Raises InvalidCall for anything else."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found.get("format") != FORMAT:
+        raise InvalidCall("from", f"{file}, format {found.get('format')!r}", f"format {FORMAT}")
+    return found
+
+
+def merged(earlier: dict[str, Any], later: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    """`earlier` with the rows of `later` in it, which was taken up at another time on the same machine.
+
+    Raises InvalidCall if they differ in the machine or in the size of the workloads.
+    """
+    same = ("cpu", "cores", "versions")
+    differ = [key for key in same if earlier["machine"][key] != later["machine"][key]]
+    differ += ["quick"] if earlier["quick"] != later["quick"] else []
+    if differ:
+        raise InvalidCall("resume", f"a run with other {', '.join(differ)}", "one like this")
+    rows = {r["name"]: r for r in (*earlier["rows"], *later["rows"])}
+    taken_up = [*earlier.get("taken_up", []), later["machine"]["date"]]
+    return earlier | {"rows": [rows[name] for name in order if name in rows], "taken_up": taken_up}
 
 
 def _how() -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -26,6 +26,20 @@ class Requirement:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
             return None
+
+
+class Needed(Protocol):
+    """What a row needs: a `Requirement`, or a system's source (`adapters.checkout.Checkout`)."""
+
+    @property
+    def package(self) -> str: ...
+
+    @property
+    def how_to_install(self) -> str: ...
+
+    def installed(self) -> str | None:
+        """Its version, or None if it is not here."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +71,8 @@ class Workload:
     dtype        of the computation; its rounding enters the tolerance
     step         one measured unit of work: takes the variant's role, gives what it produced
     reference    the same in float64, with an attention of the system's own
+    train        optional, where the claim is about training: takes the role and a number of steps, trains
+                 from the same initial weights on the same real text, and gives the loss before each step
     """
 
     description: str
@@ -64,6 +80,7 @@ class Workload:
     step: Callable[[Role], Result]
     reference: Callable[[], Result]
     variants: tuple[Variant, ...]
+    train: Callable[[Role, int], Sequence[float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +94,9 @@ class Row:
     name: str
     system: str
     title: str
-    requires: tuple[Requirement, ...]
+    requires: tuple[Needed, ...]
     build: Callable[[bool], Workload]
     module: str = ""
 
-    def absent(self) -> list[Requirement]:
+    def absent(self) -> list[Needed]:
         return [r for r in self.requires if r.installed() is None]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from anyflash.adoption import machine, record, registry, run, units
+from anyflash.adoption import machine, markdown, record, registry, run, units
 from anyflash.adoption.row import Row
 
 
@@ -18,17 +18,44 @@ def command(
     only: Annotated[str | None, typer.Option(help="only the rows whose system or name contains this")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="smaller workloads, fewer repeats")] = False,
     out: Annotated[Path, typer.Option(help="where adoption.json and adoption.html go")] = Path("."),
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.md", help="also write a Markdown report, with charts beside it"),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="keep what adoption.json in --out holds, but for failed rows and --only"
+        ),
+    ] = False,
+    again: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE.json", help="show an earlier run; measure nothing"),
+    ] = None,
 ) -> None:
     """Run real systems with their own attention and with anyflash; write adoption.json and adoption.html."""
     console = Console()
-    try:
-        rows = registry.rows(only)
-    except KeyError as error:
-        raise typer.BadParameter(error.args[0], param_hint="--only") from error
-    where = machine.describe()
-    found = record.report(_measure(console, rows, quick), quick, where)
+    if again is None:
+        try:
+            rows = registry.rows(only)
+        except KeyError as error:
+            raise typer.BadParameter(error.args[0], param_hint="--only") from error
+        kept = out / "adoption.json"
+        earlier = record.read(kept) if resume and kept.exists() else None
+        if earlier is not None and only is None:
+            done = {r["name"] for r in earlier["rows"] if r["status"] == "ok"}
+            rows = [row for row in rows if row.name not in done]
+        where = machine.describe()
+        found = record.report(_measure(console, rows, quick), quick, where)
+        if earlier is not None:
+            found = record.merged(earlier, found, [row.name for row in registry.rows()])
+    else:
+        found = record.read(again)
     data, html = record.write(found, out)
     _print(console, found)
+    if report is not None:
+        written = markdown.write(found, report)
+        console.print("\nwrote " + ", ".join(map(str, written)), highlight=False)
     console.print(f"\nwrote {data} and {html}: open the latter in a browser", highlight=False)
     if any(r["status"] == "failed" for r in found["rows"]):
         raise typer.Exit(1)

@@ -1,0 +1,62 @@
+"""What FlashAttention's adoption page, or the system that it names, claims, and what our rows show of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """text: what is claimed; source: where; here: what of it the rows of this page measure, and what not."""
+
+    text: str
+    source: str
+    here: str
+
+
+CLAIMS = {
+    "PyTorch": Claim(
+        "integrated into nn.Transformer, faster without a change of code; no number.",
+        "pytorch/pytorch #81434, July 2022",
+        "torch's own registry gives the same door on a CPU; a whole training step is timed.",
+    ),
+    "Hugging Face transformers": Claim(
+        "on-going integration; no number.",
+        "huggingface/transformers #18439, August 2022",
+        "today its models take an attention by name; whole models are timed.",
+    ),
+    "Hugging Face diffusers": Claim(
+        "up to 2 times faster generation with less memory, by way of xformers.",
+        "diffusers 0.7.0, pull request #532, on a GPU",
+        "the attention's share in one denoising step of a UNet. The factor itself needs a GPU.",
+    ),
+    "xformers": Claim(
+        "memory_efficient_attention dispatches to FlashAttention where it is available or faster; no number.",
+        "xformers' documentation",
+        "xformers has no operator for a CPU, so ours is beside the formed scores and torch's attention.",
+    ),
+    "DeepSpeed": Claim(
+        "its inference engine uses FlashAttention; no number.",
+        "FlashAttention's adoption page",
+        "its science kernel for Evoformer attention, which it has for CUDA alone.",
+    ),
+    "Megatron-LM": Claim(
+        "1.63 times at length 4096 and 2.25 times at 8192 for a model of 1 B parameters.",
+        "bigcode's Megatron-LM, pull request #41, on GPUs",
+        "a GPT's training step, at a width and depth that two cores can train. The factors need GPUs.",
+    ),
+    "Hugging Face transformers, flash_attention_2": Claim(
+        "a drop-in attention for any model that asks for it, on CUDA.",
+        "flash-attention's README",
+        "programs that import flash_attn, unchanged, on a machine without a GPU.",
+    ),
+    "labml-nn": Claim(
+        "50% faster Stable Diffusion.",
+        "labml.ai, on a GPU",
+        "the attention of its UNet, which imports flash_attn. The factor needs a GPU.",
+    ),
+}
+
+
+def of(system: str) -> Claim | None:
+    return CLAIMS.get(system)
