@@ -1,6 +1,7 @@
 # Each target does its own set-up. All that must be there: make and Python 3.11 or newer.
 #   make demo     run the adoption page: real systems, with and without anyflash
 #   make test     every test that needs no GPU
+#   make test-systems  the tests of systems whose pins clash, each set in an environment of its own
 #   make check    format, lint, types, architecture and the fast tests, in under three minutes
 #   make bench    speed beside the attention of torch; GRID=full: every shape and feature, all peers, over an hour
 #   make verify   the contract on every backend of this machine, GPUs included
@@ -15,7 +16,7 @@ ANYFLASH := $(BIN)/anyflash
 GRID ?= core
 FAST := tests/architecture tests/core tests/semantics tests/spine tests/cli tests/docs
 
-.PHONY: demo test check bench verify format clean
+.PHONY: demo test test-systems check bench verify format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -23,6 +24,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready $(VENV)/tools $(VENV)/programs
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-systems: $(VENV)/ready $(VENV)/programs
+	$(BIN)/nox --no-error-on-external-run
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check
@@ -42,7 +46,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .nox .cache .pytest_cache .ruff_cache .hypothesis build dist
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "anyflash needs Python 3.11 or newer with the venv module on PATH"; exit 1; }

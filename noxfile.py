@@ -1,0 +1,49 @@
+"""Systems whose pins clash with what the rest of the tests use, each set in an environment of its own.
+
+`make test-systems` runs them all; `.venv/bin/nox -s transformers4` one. An environment is laid over the
+project's: it adds or replaces some packages, without their own dependencies, and sees the rest (torch, pytest,
+anyflash itself) where they are. So it takes seconds to build, and torch is there once. Tests say by themselves
+what they need, and are skipped elsewhere with the words "make test-systems".
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """packages: installed with --no-deps; tests: what is run."""
+
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+OVERLAYS = {
+    "transformers4": Overlay(
+        packages=("transformers==4.51.3", "tokenizers==0.21.4", "huggingface_hub==0.36.0"),
+        tests=("tests/adapters/test_registry.py",),
+    ),
+}
+
+
+@nox.session
+@nox.parametrize("name", list(OVERLAYS), ids=list(OVERLAYS))
+def systems(session: nox.Session, name: str) -> None:
+    """The tests of one set; arguments behind -- take the place of its files."""
+    overlay = OVERLAYS[name]
+    shared = sysconfig.get_path("purelib")
+    site = Path(session.virtualenv.location) / Path(shared).relative_to(sys.prefix)
+    # Behind its own packages come those of the environment that nox runs in, with their .pth files.
+    (site / "project.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
+    session.install("--quiet", "--no-deps", *overlay.packages)
+    session.run("python", "-m", "pytest", "-m", "not gpu", *(session.posargs or overlay.tests))
