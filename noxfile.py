@@ -1,9 +1,9 @@
 """Systems whose pins clash with what the rest of the tests use, each set in an environment of its own.
 
-`make test-systems` runs them all; `.venv/bin/nox -s 'systems(transformers4)'` one. An environment is laid over
-the project's: it adds or replaces some packages, without their own dependencies, and sees the rest (torch,
-pytest, anyflash itself) where they are. So it takes seconds to build, and torch is there once. Tests say by
-themselves what they need, and are skipped elsewhere with the words "make test-systems".
+`make test-systems` runs them all; `.venv/bin/nox -s 'systems(transformers4)'` one. An environment is laid
+over the project's: it adds or replaces some packages, without their own dependencies, and sees the rest
+(torch, pytest, anyflash itself) where they are. So it takes seconds to build, and torch is there once. Tests
+say by themselves what they need, and are skipped elsewhere with the words "make test-systems".
 """
 
 from __future__ import annotations
