@@ -43,6 +43,19 @@ def test_importable(folder: Path) -> None:
         del sys.modules["its_kernel"]
 
 
+def test_an_installed_package_of_the_name_lends_nothing(folder: Path) -> None:
+    names = ("some_system", "some_system.model", "some_system.model.layers")
+    installed = {name: ModuleType(name) for name in names}
+    sys.modules.update(installed)
+    try:
+        with SOURCE.importable("some_system", "some_system.model", stubs=("its_kernel",), under="inner"):
+            assert importlib.import_module(names[-1]).VALUE == 7
+        assert {name: sys.modules[name] for name in names} == installed
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
 def test_revision(folder: Path) -> None:
     assert SOURCE.installed() == "source"
     git = folder / ".git"

@@ -76,6 +76,11 @@ class Checkout:
             )
         root = root / under
         before = dict(sys.modules)
+        packages = {name.partition(".")[0] for name in bare}
+        # An installed package of the same name would lend its modules.
+        installed = {n: m for n, m in before.items() if n.partition(".")[0] in packages}
+        for name in installed:
+            del sys.modules[name]
         for name in bare:
             package = ModuleType(name)
             package.__path__ = [str(root.joinpath(*name.split(".")))]
@@ -91,6 +96,7 @@ class Checkout:
             for name, module in list(sys.modules.items()):
                 if name in placed or _lies_in(module, root):
                     del sys.modules[name]
+            sys.modules.update(installed)
             for name in placed & before.keys():
                 sys.modules[name] = before[name]
 
