@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from adapters.tiny import BY_ID, DECODERS, MODELS, Tiny, present, tokens  # noqa: E402
+from adapters.tiny import BY_ID, DECODERS, MODELS, Tiny, close, jittered, present, tokens  # noqa: E402
 from anyflash.adapters import transformers as adapter  # noqa: E402
 
 BATCH, LENGTH = 3, 17
@@ -22,23 +21,6 @@ def installed() -> Iterator[None]:
     adapter.install()
     yield
     adapter.remove()
-
-
-def jittered(model: Any) -> Any:
-    """The model with every parameter moved by one rounding, up or down: what its outputs then move by is what
-    rounding means to it."""
-    moved = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in moved.parameters():
-        sign = 2.0 * torch.randint(0, 2, parameter.shape, generator=generator) - 1
-        parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * sign)
-    return moved
-
-
-def close(ours: torch.Tensor, own: torch.Tensor, moved: torch.Tensor) -> None:
-    ours, own, moved = (t.detach() for t in (ours, own, moved))
-    difference, bound = float((ours - own).abs().max()), 4 * float((moved - own).abs().max())
-    assert difference <= bound, f"differ by {difference:.1e}, rounding makes at most {bound:.1e}"
 
 
 def call(model: Any, padding: str) -> tuple[torch.Tensor, torch.Tensor | None]:

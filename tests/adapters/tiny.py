@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +24,7 @@ _DECODER = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_PROJECTIONS = ("q", "k", "query", "key", "c_attn", "Wqkv", "query_key_value")
 _ENCODER = {k: v for k, v in _DECODER.items() if k not in ("num_key_value_heads", "head_dim")}
 
 
@@ -46,7 +48,7 @@ class Tiny:
         for name, parameter in made.named_parameters():
             # Random weights start so small that attention is nearly uniform: spread it, or no mask would
             # show.
-            if name.rsplit(".", 2)[-2].removesuffix("_proj") in ("q", "k", "query", "key", "c_attn", "Wqkv"):
+            if name.rsplit(".", 2)[-2].removesuffix("_proj") in _PROJECTIONS:
                 parameter.data.mul_(8.0)
             if name.endswith("sinks"):
                 parameter.data.normal_()
@@ -164,3 +166,20 @@ def present(batch: int, length: int, padding: str) -> torch.Tensor | None:
         else:
             mask[i, length - cut :] = 0
     return mask
+
+
+def jittered(model: Any) -> Any:
+    """The model with every parameter moved by one rounding, up or down: what its outputs then move by is what
+    rounding means to it."""
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in moved.parameters():
+        sign = 2 * torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.dtype) - 1
+        parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * sign)
+    return moved
+
+
+def close(ours: torch.Tensor, own: torch.Tensor, moved: torch.Tensor) -> None:
+    ours, own, moved = (t.detach() for t in (ours, own, moved))
+    difference, bound = float((ours - own).abs().max()), 4 * float((moved - own).abs().max())
+    assert difference <= bound, f"differ by {difference:.1e}, rounding makes at most {bound:.1e}"

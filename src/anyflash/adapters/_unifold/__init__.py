@@ -1,0 +1,1 @@
+"""The parts of the Uni-Fold adapter that import torch; loaded by `install()`."""
