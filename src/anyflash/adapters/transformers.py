@@ -11,6 +11,9 @@ the first would silently run without any mask. transformers takes every name tha
 of the flash_attn package: it tries to load that, sends some models to another implementation, and refuses
 others. So a model asked for "anyflash" is given the same two functions under a name that does not match,
 "AnyFlash"; its config says so.
+
+BLOOM, MPT and Falcon do not use the registry of attentions. Their layers get forwards that do as before
+unless the model was given "anyflash".
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ def install() -> None:
     target.warn_if_untested()
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+    from anyflash.adapters._transformers import alibi_models
     from anyflash.adapters._transformers.attention import attention_for_transformers
     from anyflash.adapters._transformers.mask import mask_for_transformers
 
@@ -53,6 +57,7 @@ def install() -> None:
         _register(AttentionMaskInterface, name, mask_for_transformers)
     for method in ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation"):
         _translate(PreTrainedModel, method)
+    _undo.extend(alibi_models.install((IMPLEMENTATION, _REGISTERED)))
 
 
 def remove() -> None:
