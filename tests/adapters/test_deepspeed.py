@@ -24,6 +24,7 @@ from deepspeed.ops.transformer.inference.op_binding.softmax_context import Softm
 from deepspeed.ops.transformer.inference.op_binding.workspace import InferenceContext  # noqa: E402
 
 from anyflash.adapters import deepspeed as adapter  # noqa: E402
+from anyflash.core.errors import Unsupported  # noqa: E402
 
 DOUBLE = torch.float64
 ROOT = Path(__file__).parents[2]
@@ -102,9 +103,22 @@ def test_stock_has_no_kernel_here() -> None:
 
 
 HEADS, WIDTH, ROOM = 4, 32, 12
+STEPS = [5, 1, 1]
 
 
-def context(run: Any, steps: list[int], mask: torch.Tensor | None, alibi: torch.Tensor | None) -> list[Any]:
+def rows_of(steps: list[int]) -> list[torch.Tensor]:
+    """What the layer projects in each step: query, key and value (2, rows, 3 * WIDTH)."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, rows, 3 * WIDTH, dtype=DOUBLE, generator=generator) for rows in steps]
+
+
+def context(
+    run: Any,
+    steps: list[int],
+    mask: torch.Tensor | None = None,
+    alibi: torch.Tensor | None = None,
+    window: int | None = None,
+) -> list[Any]:
     """A prompt and steps of decoding through one layer's attention; `run` is what computes it."""
     memory = InferenceContext.Instance()
     memory.gen_workspace(1, HEADS, 2, steps[0], WIDTH, 1, False, DOUBLE, 0, ROOM, 1)
@@ -113,13 +127,12 @@ def context(run: Any, steps: list[int], mask: torch.Tensor | None, alibi: torch.
     )
     op = SoftmaxContextOp(config)
     results, seen = [], 0
-    generator = torch.Generator().manual_seed(0)
-    for rows in steps:
-        qkv = torch.randn(2, rows, 3 * WIDTH, dtype=DOUBLE, generator=generator)
+    for qkv, rows in zip(rows_of(steps), steps, strict=True):
         seen += rows
         part = torch.empty(1) if mask is None else mask[:, :seen].clone()
-        bias = torch.empty(1) if alibi is None else alibi
-        arguments = (HEADS, -1, 0.6, True, False, 1, mask is None, 0, 1, bias, 10000.0, rows > 1, None, None)
+        bias = torch.empty(1) if alibi is None else alibi[..., :seen]
+        local = (window is not None, window or 1)
+        arguments = (HEADS, -1, 0.6, True, *local, mask is None, 0, 1, bias, 10000.0, rows > 1, None, None)
         out, *_ = run(op)(qkv, part, 0, False, False, *arguments)
         results.append(out.clone())
     memory.release_workspace()
@@ -135,11 +148,11 @@ def test_inference_context(masked: bool) -> None:
         mask = torch.zeros(2, ROOM, dtype=DOUBLE)
         # Not the usual -10000, beside which DeepSpeed's float32 softmax rounds scores by a thousandth.
         mask[1, :2] = -30.0
-    ours = context(lambda op: op.softmax_context_func, [5, 1, 1], mask, None)
+    ours = context(lambda op: op.softmax_context_func, STEPS, mask)
     adapter.remove()
     BaseOp.inference_module = type("none", (), {})()
     try:
-        own = context(lambda op: op.softmax_context_func, [5, 1, 1], mask, None)
+        own = context(lambda op: op.softmax_context_func, STEPS, mask)
     finally:
         BaseOp.inference_module = None
     for mine, wanted in zip(ours, own, strict=True):
@@ -147,6 +160,55 @@ def test_inference_context(masked: bool) -> None:
         assert float((mine - wanted).abs().max()) <= 64 * torch.finfo(torch.float32).eps * float(
             wanted.abs().max()
         )
+
+
+def alibi(entries: int) -> torch.Tensor:
+    """(entries * HEADS, 1, ROOM), as BLOOM makes it: the second entry begins with two tokens of padding."""
+    slopes = torch.tensor([2.0 ** -(h + 1) for h in range(HEADS)], dtype=DOUBLE)
+    positions = torch.stack([(torch.arange(ROOM) - 2 * i).clamp(min=0) for i in range(entries)])
+    return (slopes[:, None] * positions[:, None]).flatten(0, 1)[:, None]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("entries", [None, 1, 2])
+def test_inference_beside_the_definition(entries: int | None, window: int | None) -> None:
+    """ALiBi and local attention, with which DeepSpeed's functions in torch fail: a prompt and decoding give
+    the rows of one causal attention over all of it. ALiBi is that of all entries or of each; a window counts
+    the query's own key."""
+    bias = None if entries is None else alibi(entries)
+    found = torch.cat(context(lambda op: op.softmax_context_func, STEPS, None, bias, window), 1)
+    length = sum(STEPS)
+    qkv = torch.cat(rows_of(STEPS), 1).view(2, length, 3, HEADS, -1)
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    scores = q @ k.mT * 0.6**2
+    if bias is not None:
+        scores = scores + bias[..., :length].view(-1, HEADS, 1, length)
+    behind = torch.arange(length)[:, None] - torch.arange(length)
+    scores = scores.masked_fill((behind < 0) | (behind >= (window or length)), float("-inf"))
+    close(found, (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.usefixtures("installed")
+def test_local_attention_in_a_cache_of_fixed_length() -> None:
+    """There DeepSpeed does not say how much of the cache is in use."""
+    memory = InferenceContext.Instance()
+    memory.gen_workspace(1, HEADS, 2, 5, WIDTH, 1, False, DOUBLE, 0, ROOM, 1)
+    op = SoftmaxContextOp(
+        DeepSpeedInferenceConfig(hidden_size=WIDTH, heads=HEADS, dtype=torch.float32, triangular_masking=True)
+    )
+    prompt, token = rows_of([5, 1])
+
+    def attend(qkv: torch.Tensor, first: bool, used: int) -> Any:
+        arguments = (HEADS, -1, 0.6, True, True, 3, True, 0, 1, torch.empty(1), 10000.0, first)
+        return op.softmax_context_func(
+            qkv, torch.empty(1), 0, False, False, *arguments, torch.tensor([used]), None
+        )
+
+    attend(prompt, True, 5)
+    with pytest.raises(Unsupported, match="cache of fixed length"):
+        attend(token, False, 6)
+    memory.release_workspace()
 
 
 @pytest.mark.usefixtures("installed")

@@ -3,7 +3,10 @@
 query_key_value  (B, rows, 3 x heads x head_dim)
 attn_mask        additive, (B, keys) or 4 axes; shorter than the cache: what follows is masked. One axis: none
 norm_factor      its square is the scale of the products
+alibi            (B x heads or heads, 1 or rows, keys), added to the scores; one axis: none
 triangular_...   upper-left; a single row sees all of the cache
+window_size      keys, the query's own included, as the models say. DeepSpeed's compiled kernels see one key
+                 less in decoding steps
 """
 
 from __future__ import annotations
@@ -85,12 +88,11 @@ def _biases(attn_mask: Tensor | None, alibi: Tensor | None, heads: int, keys: in
         longer = torch.nn.functional.pad(attn_mask, (0, keys - attn_mask.shape[-1]), value=masked)
         found.append(longer if longer.ndim == 4 else longer[:, None, None])
     if alibi is not None and alibi.ndim > 1:
-        found.append(alibi[:heads][None])
+        found.append(alibi.unflatten(0, (-1, heads)))
     return found
 
 
 def _mask(triangular: bool, window: int | None, rows: int) -> Mask | None:
-    """A window counts keys, the query's own included."""
     if rows == 1:
         if window is None or not triangular:
             return None
