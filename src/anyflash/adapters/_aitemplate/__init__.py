@@ -1,0 +1,1 @@
+"""What the adapter for AITemplate puts in place. Imports torch."""

@@ -1,0 +1,1 @@
+"""What the adapter for Colossal-AI puts in place. Imports torch."""

@@ -1,0 +1,1 @@
+"""What the adapter for FasterTransformer puts in place. Imports torch."""

@@ -1,0 +1,1 @@
+"""What the adapter for Kernl puts in place. Imports torch."""
