@@ -1,0 +1,396 @@
+"""Attention found in graphs, however it is spelled, and put there by Kernl's own patterns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch._dynamo.backends import registry  # noqa: E402
+from torch._dynamo.exc import InvalidBackend  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from anyflash.adapters import kernl as adapter  # noqa: E402
+from anyflash.adapters._kernl.backend import rewrite  # noqa: E402
+from anyflash.adapters._kernl.call import attention_of_kernl  # noqa: E402
+
+B, H, S, T, D, V = 2, 3, 5, 7, 8, 6
+DOUBLE = torch.float64
+LEAST = torch.finfo(DOUBLE).min
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, dtype=DOUBLE, generator=generator)
+
+
+def qkv(*lead: int) -> list[torch.Tensor]:
+    return [draw(*lead, S, D), draw(*lead, T, D, seed=1), draw(*lead, T, V, seed=2)]
+
+
+KEYS = draw(B, 1, 1, T, seed=3)
+BIAS = draw(H, S, T, seed=4)
+SEEN = (torch.arange(S)[:, None] + 2 >= torch.arange(T)).expand(B, 1, S, T)
+SLOPES = draw(H, 1, 1, seed=5)
+
+
+def in_place(q, k, v):
+    s = q @ k.mT
+    s *= 0.3
+    s += KEYS
+    return s.softmax(-1) @ v
+
+
+def methods(q, k, v):
+    return q.matmul(k.transpose(2, 3)).div(math.sqrt(D)).add(KEYS).softmax(dim=3).matmul(v)
+
+
+def functions(q, k, v):
+    s = torch.add(torch.mul(torch.matmul(q, k.permute(0, 1, 3, 2)), 0.3), BIAS)
+    return torch.matmul(functional.dropout(functional.softmax(s, dim=-1), 0.3, training=False), v)
+
+
+def scaled_query(q, k, v):
+    return ((q / D) @ (k * 2).mT + BIAS).softmax(-1) @ v
+
+
+def mask_first(q, k, v):
+    return (BIAS + (KEYS + q @ k.mT)).softmax(-1) @ v
+
+
+def scaled_last(q, k, v):
+    return ((q @ k.mT + BIAS) / 4 * 3).softmax(-1) @ v
+
+
+def subtracted(q, k, v):
+    return (q @ k.mT * 0.3 - SLOPES * (torch.arange(T) - 2.0).abs()).softmax(-1) @ v
+
+
+def filled(q, k, v):
+    return (q @ k.mT).masked_fill(~SEEN, -math.inf).softmax(-1) @ v
+
+
+def filled_with_least(q, k, v):
+    return (q @ k.mT).masked_fill_(~SEEN, LEAST).softmax(-1) @ v
+
+
+def where_seen(q, k, v):
+    return torch.where(SEEN, q @ k.mT, torch.full((), LEAST, dtype=DOUBLE)).softmax(-1) @ v
+
+
+def where_hidden(q, k, v):
+    return torch.where(~SEEN, -1e4, q @ k.mT * 0.3).softmax(-1) @ v
+
+
+def softcap(q, k, v):
+    return (torch.tanh(q @ k.mT / 2.0) * 2.0 + KEYS).softmax(-1) @ v
+
+
+def tensor_factor(q, k, v):
+    return (q @ k.mT * SLOPES / torch.full([], 3.0, dtype=DOUBLE)).softmax(-1) @ v
+
+
+def batched_product(q, k, v):
+    return torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v)
+
+
+def cast(q, k, v):
+    scores = q @ k.mT + BIAS
+    return functional.softmax(scores.double(), dim=-1, dtype=DOUBLE).type_as(scores) @ v
+
+
+def twice(q, k, v):
+    first = (q @ k.mT).softmax(-1) @ v
+    return first + (q @ k.mT + BIAS).softmax(-1) @ v
+
+
+def fused(q, k, v):
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=BIAS) + in_place(q, k, v)
+
+
+SPELLINGS: list[tuple[Callable[..., Any], tuple[int, ...], int]] = [
+    (in_place, (B, H), 1),
+    (methods, (B, H), 1),
+    (functions, (B, H), 1),
+    (scaled_query, (B, H), 1),
+    (mask_first, (B, H), 1),
+    (scaled_last, (B, H), 1),
+    (scaled_last, (2, B, H), 1),
+    (subtracted, (B, H), 1),
+    (filled, (B, H), 1),
+    (filled_with_least, (B, H), 1),
+    (where_seen, (B, H), 1),
+    (where_hidden, (B, H), 1),
+    (softcap, (B, H), 1),
+    (tensor_factor, (B, H), 1),
+    (batched_product, (B * H,), 1),
+    (lambda q, k, v: (q @ k.mT + BIAS).softmax(-1) @ v, (H,), 1),
+    (lambda q, k, v: (q @ k.mT + BIAS[0]).softmax(1) @ v, (), 1),
+    (cast, (B, H), 1),
+    (twice, (B, H), 2),
+    (fused, (B, H), 2),
+]
+
+
+def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """The function compiled with our graphs, and the number of attentions in each."""
+    counts: list[int] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        counts.append(rewrite(gm))
+        return gm.forward
+
+    return torch.compile(function, backend=backend), counts
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.shape == wanted.shape
+    bound = 1024 * torch.finfo(wanted.dtype).eps * max(float(wanted.detach().abs().max()), 1.0)
+    assert float((found - wanted).detach().abs().max()) <= bound
+
+
+def trained(function: Callable[..., Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad((out * draw(*out.shape, seed=9)).sum(), leaves)]
+
+
+@pytest.mark.parametrize(
+    ("function", "lead", "number"),
+    SPELLINGS,
+    ids=[f"{f.__name__}{len(lead) + 2}d" for f, lead, _ in SPELLINGS],
+)
+def test_spellings(function: Callable[..., Any], lead: tuple[int, ...], number: int) -> None:
+    ours, counts = counted(function)
+    inputs = qkv(*lead)
+    for mine, wanted in zip(trained(ours, inputs), trained(function, inputs), strict=True):
+        close(mine, wanted)
+    assert counts == [number]
+
+
+def weights_returned(q, k, v):
+    p = (q @ k.mT).softmax(-1)
+    return p @ v, p
+
+
+def scores_returned(q, k, v):
+    s = q @ k.mT
+    return s.softmax(-1) @ v, s
+
+
+KEPT = {
+    "weights-returned": weights_returned,
+    "scores-returned": scores_returned,
+    "over-queries": lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
+    "transposed": lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1).mT,
+    "another-function": lambda q, k, v: (q @ k.mT).exp().softmax(-1) @ v,
+    "all-dropped": lambda q, k, v: functional.dropout((q @ k.mT).softmax(-1), 1.0) @ v,
+    "squared": lambda q, k, v: (q @ k.mT).softmax(-1).square() @ v,
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_no_attention_stays(name: str) -> None:
+    ours, counts = counted(KEPT[name])
+    found, wanted = ours(*qkv(B, H)), KEPT[name](*qkv(B, H))
+    for mine, own in zip(*((t if isinstance(t, tuple) else (t,)) for t in (found, wanted)), strict=True):
+        assert torch.equal(mine, own)
+    assert counts == [0]
+
+
+def test_gradient_of_a_bias() -> None:
+    function = lambda q, k, v, bias: (q @ k.mT + bias).softmax(-1) @ v
+    ours, counts = counted(function)
+    inputs = [*qkv(B, H), draw(1, H, 1, T)]
+    for mine, wanted in zip(trained(ours, inputs), trained(function, inputs), strict=True):
+        close(mine, wanted)
+    assert counts == [1]
+
+
+def test_row_without_a_key() -> None:
+    """torch gives NaN there; ours is 0, as everywhere in anyflash."""
+    hidden = torch.zeros(S, T, dtype=torch.bool)
+    hidden[1] = True
+    ours, _ = counted(lambda q, k, v: (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v)
+    out = ours(*qkv(B, H))
+    assert not out.isnan().any()
+    assert (out[:, :, 1] == 0).all()
+
+
+def test_dropout_in_training() -> None:
+    """Probabilities are dropped or scaled up, nothing else: v shows them one by one."""
+    q, k, _ = qkv(B, H)
+    ours, counts = counted(lambda q, k, v: functional.dropout((q @ k.mT).softmax(-1), 0.25) @ v)
+    found = ours(q, k, torch.eye(T, dtype=DOUBLE).expand(B, H, T, T)) * 0.75
+    wanted = (q @ k.mT).softmax(-1)
+    kept = found != 0
+    assert 0.5 < kept.double().mean() < 0.95
+    close(torch.where(kept, found, wanted), wanted)
+    assert counts == [1]
+
+
+@pytest.mark.parametrize("then", [None, "aot_eager"])
+def test_backend(then: str | None) -> None:
+    options = None if then is None else {"then": then}
+    ours = torch.compile(softcap, backend=adapter.backend, options=options, fullgraph=True)
+    for mine, wanted in zip(trained(ours, qkv(B, H)), trained(softcap, qkv(B, H)), strict=True):
+        close(mine, wanted)
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(Exception, match=r'options: depth; expected \{"then"'):
+        torch.compile(softcap, backend=adapter.backend, options={"depth": 3})(*qkv(B, H))
+
+
+def test_install_and_remove() -> None:
+    before = set(registry._BACKENDS), set(registry._COMPILER_FNS)
+    adapter.install()
+    adapter.install()
+    try:
+        close(torch.compile(methods, backend="anyflash")(*qkv(B, H)), methods(*qkv(B, H)))
+    finally:
+        adapter.remove()
+    assert (set(registry._BACKENDS), set(registry._COMPILER_FNS)) == before
+    adapter.remove()
+    with pytest.raises(InvalidBackend):
+        torch.compile(methods, backend="anyflash")
+    assert adapter.self_check() is None
+
+
+MODELS = {
+    "bert": ("BertConfig", "BertModel", {"num_hidden_layers": 2}, 2),
+    "gpt2": ("GPT2Config", "GPT2Model", {"n_layer": 2, "n_embd": 32, "n_head": 4}, 2),
+    "llama": ("LlamaConfig", "LlamaModel", {"num_hidden_layers": 2, "num_key_value_heads": 2}, 2),
+    "t5": ("T5Config", "T5EncoderModel", {"num_layers": 2, "d_model": 32, "d_kv": 8, "num_heads": 4}, 2),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers(name: str) -> None:
+    """Every layer's eager attention, padding included, with the gradients of all parameters."""
+    transformers = pytest.importorskip("transformers")
+    config, kind, settings, layers = MODELS[name]
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 50}
+    if name in ("gpt2", "t5"):
+        sizes = {"vocab_size": 50}
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(**sizes, **settings, attn_implementation="eager")
+    model = getattr(transformers, kind)(made).double().eval()
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1))
+    present = torch.ones_like(tokens)
+    present[1, 6:] = 0
+
+    def run(network: Any) -> list[torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        hidden = network(input_ids=tokens, attention_mask=present).last_hidden_state[present.bool()]
+        hidden.square().mean().backward()
+        return [hidden, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    own = run(model)
+    ours, counts = counted(model)
+    # transformers takes its softmax in float32 here and there: then its own rounding is what differs.
+    bound = 64 * torch.finfo(torch.float32).eps
+    for mine, wanted in zip(run(ours), own, strict=True):
+        assert float((mine - wanted).detach().abs().max()) <= bound * max(
+            float(wanted.detach().abs().max()), 1.0
+        )
+    assert sum(counts) == layers
+
+
+# What Kernl's patterns hand over, by position: the shape of q, that of k and v, mask, causal.
+CALLS = {
+    "mask": ((B, H, S, D), (B, H, T, D), (B, 1, 1, T), False),
+    "position-bias": ((B, H, S, D), (B, H, T, D), (1, H, S, T), False),
+    "causal": ((B, H, S, D), (B, H, T, D), None, True),
+    "three-axes": ((B * H, S, D), (B * H, T, D), None, False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call_of_kernl(name: str) -> None:
+    q_shape, k_shape, mask_shape, causal = CALLS[name]
+    q, k = draw(*q_shape), draw(*k_shape, seed=1)
+    mask = None if mask_shape is None else draw(*mask_shape)
+    scores = q @ k.mT * 0.3 + (0.0 if mask is None else mask)
+    if causal:
+        scores = scores.masked_fill(torch.ones(S, T, dtype=torch.bool).triu(1), -math.inf)
+    found = attention_of_kernl(q, k, k, torch.empty_like(q), 0.3, causal, mask)
+    close(found, scores.softmax(-1) @ k)
+
+
+def test_causal_counts_from_the_first_key() -> None:
+    """q = k = 0 and v one-hot: exactly the keys up to the row's own number have weight."""
+    zeros = torch.zeros(1, 1, S, D, dtype=DOUBLE)
+    keys = torch.zeros(1, 1, T, T, dtype=DOUBLE)
+    values = torch.eye(T, dtype=DOUBLE)[None, None]
+    out = attention_of_kernl(
+        zeros.expand(1, 1, S, D), keys[..., :D].new_zeros(1, 1, T, D), values, zeros, 1.0, True, None
+    )
+    assert torch.equal((out != 0)[0, 0], torch.ones(S, T, dtype=torch.bool).tril())
+
+
+@pytest.fixture
+def kernl() -> Iterator[Any]:
+    if adapter.source.folder() is None:
+        pytest.skip(f"{adapter.source.variable} names no checkout of Kernl")
+    with adapter.importable():
+        from kernl.optimizer import attention
+
+        yield attention
+
+
+def old_bert(q, k, mask, v):
+    return torch.matmul(functional.softmax(torch.matmul(q, k.transpose(-1, -2)) / 8.0 + mask, dim=-1), v)
+
+
+def t5(q, k, mask, v):
+    scores = torch.matmul(q, k.transpose(3, 2))
+    scores += mask
+    return torch.matmul(functional.softmax(scores.float(), dim=-1).type_as(scores), v)
+
+
+def batched(q, k, mask, v):
+    return torch.bmm(functional.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1), v)
+
+
+@pytest.mark.parametrize("function", [old_bert, t5, batched])
+def test_kernls_own_patterns(kernl: Any, function: Callable[..., Any]) -> None:
+    lead = (B * H,) if function is batched else (B, H)
+    q, k = draw(*lead, S, D).float(), draw(*lead, T, D).float()
+    mask = torch.zeros(B, 1, 1, T)
+    mask[1, ..., 4:] = torch.finfo(torch.float32).min
+    seen: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        run = adapter.kernls_patterns(gm, inputs)
+        seen.extend(node.target for node in gm.graph.nodes)
+        return run
+
+    adapter.install()
+    try:
+        found = torch.compile(function, backend=backend)(q, k, mask, k)
+    finally:
+        adapter.remove()
+    assert attention_of_kernl in seen
+    assert functional.softmax not in seen
+    close(found, function(q, k, mask, k))
+
+
+def test_kernls_wrapper_comes_back(kernl: Any) -> None:
+    own = kernl.attention_wrapper
+    adapter.install()
+    adapter.install()
+    assert kernl.attention_wrapper is attention_of_kernl
+    adapter.remove()
+    assert kernl.attention_wrapper is own
