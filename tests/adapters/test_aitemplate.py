@@ -145,22 +145,32 @@ def test_no_such_operator(name: str) -> None:
     assert operators.find(name) is None
 
 
-@pytest.fixture
-def aitemplate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The checkout's front end; its example is imported from beside it."""
+def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AITemplate the self-check says how to get it, and nothing is installed."""
+    monkeypatch.setitem(sys.modules, "aitemplate", None)
+    assert "git clone https://github.com/facebookincubator/AITemplate" in (adapter.self_check() or "")
+    assert not adapter._undo
+
+
+@pytest.fixture(scope="module")
+def checkout() -> Iterator[Any]:
+    """The checkout's front end, whose import takes seconds; its example is imported from beside it."""
     if adapter.source.folder() is None:
         pytest.skip(f"{adapter.source.variable} names no checkout of AITemplate")
     pytest.importorskip("jinja2")
     pytest.importorskip("sympy")
-    with adapter.importable() as root:
-        adapter.install()
-        monkeypatch.syspath_prepend(str(root.parent / "examples" / "03_bert"))
-        try:
-            yield pytest.importorskip("aitemplate")
-        finally:
-            adapter.remove()
-            for module in [name for name in sys.modules if name.partition(".")[0] == "modeling"]:
-                del sys.modules[module]
+    with adapter.importable() as root, pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(root.parent / "examples" / "03_bert"))
+        yield pytest.importorskip("aitemplate")
+    for module in [name for name in sys.modules if name.partition(".")[0] == "modeling"]:
+        del sys.modules[module]
+
+
+@pytest.fixture
+def aitemplate(checkout: Any) -> Iterator[Any]:
+    adapter.install()
+    yield checkout
+    adapter.remove()
 
 
 def parameters(module: Any) -> dict[str, torch.Tensor]:
@@ -308,6 +318,42 @@ def test_dynamic_batch(aitemplate: Any) -> None:
         assert torch.equal(program.run([given])[0], given.view(batch, 6, 4, 8))
 
 
+def test_elementwise(aitemplate: Any) -> None:
+    """Numbers stand where they were written; a scale that is a tensor leaves the products as they are."""
+    from aitemplate.compiler import ops
+    from aitemplate.compiler.ops.common.epilogue import FuncEnum
+
+    shapes = ("q", [6, S, D]), ("k", [6, T, D]), ("v", [6, T, 8]), ("scale", [6, S, T])
+    q, k, v, scale = inputs_of(*shapes)
+    given = {name: draw(*shape, seed=i) for i, (name, shape) in enumerate(shapes)}
+    products = ops.bmm_rcr()(q, k)
+    scores = ops.elementwise(FuncEnum.MUL)(products, scale)
+    out = ops.bmm_rrr()(ops.softmax()(scores, -1), v)
+    less = ops.elementwise(FuncEnum.TANH)(ops.elementwise(FuncEnum.SUB)(1.0, out))
+    program = adapter.program([less, out])
+    assert "softmax" in operator_names(program)
+    found = program.run(given)
+    wanted = (given["q"] @ given["k"].mT * given["scale"]).softmax(-1) @ given["v"]
+    close(found[1], wanted)
+    close(found[0], (1.0 - wanted).tanh())
+    with pytest.raises(Unsupported, match="no elementwise floor_div"):
+        adapter.program(ops.elementwise(FuncEnum.FLOOR_DIV)(scores, scale)).run(given)
+
+
+def test_weights_that_are_an_output(aitemplate: Any) -> None:
+    """A softmax that is looked at is computed."""
+    from aitemplate.compiler import ops
+
+    shapes = ("q", [6, S, D]), ("k", [6, T, D]), ("v", [6, T, 8])
+    q, k, v = inputs_of(*shapes)
+    given = {name: draw(*shape, seed=i) for i, (name, shape) in enumerate(shapes)}
+    weights = ops.softmax()(ops.bmm_rcr()(q, k), -1)
+    found = adapter.program([ops.bmm_rrr()(weights, v), weights]).run(given)
+    wanted = (given["q"] @ given["k"].mT).softmax(-1)
+    close(found[1], wanted)
+    close(found[0], wanted @ given["v"])
+
+
 def test_what_is_missing(aitemplate: Any) -> None:
     from aitemplate.compiler import ops
 
@@ -334,11 +380,3 @@ def test_install_and_remove(aitemplate: Any) -> None:
     adapter.remove()
     assert adapter.self_check() is None
     assert compiler.compile_model is inner.compile_model is own
-
-
-def test_absent() -> None:
-    """Without AITemplate the self-check says how to get it, and nothing is installed."""
-    if "aitemplate" in sys.modules:
-        pytest.skip("aitemplate is here")
-    assert "git clone https://github.com/facebookincubator/AITemplate" in (adapter.self_check() or "")
-    assert not adapter._undo

@@ -70,7 +70,8 @@ def bounds(rows: torch.Tensor, keys: torch.Tensor) -> dict[str, Any]:
 
 def additive(seen: torch.Tensor) -> torch.Tensor:
     """(B, 1, S, T), 0 or the least number."""
-    return torch.where(seen, 0.0, LEAST).to(DOUBLE).expand(B, 1, *seen.shape[-2:])
+    mask = torch.zeros(seen.shape, dtype=DOUBLE).masked_fill(~seen, LEAST)
+    return mask.expand(B, 1, *seen.shape[-2:])
 
 
 def lower(rows: int, keys: int) -> torch.Tensor:

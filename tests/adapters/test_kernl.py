@@ -367,7 +367,7 @@ def batched(q, k, mask, v):
 @pytest.mark.parametrize("function", [old_bert, t5, batched])
 def test_kernls_own_patterns(kernl: Any, function: Callable[..., Any]) -> None:
     lead = (B * H,) if function is batched else (B, H)
-    q, k = draw(*lead, S, D).float(), draw(*lead, T, D).float()
+    q, k, v = (draw(*lead, n, D, seed=i).float() for i, n in enumerate((S, T, T)))
     mask = torch.zeros(B, 1, 1, T)
     mask[1, ..., 4:] = torch.finfo(torch.float32).min
     seen: list[Any] = []
@@ -379,12 +379,12 @@ def test_kernls_own_patterns(kernl: Any, function: Callable[..., Any]) -> None:
 
     adapter.install()
     try:
-        found = torch.compile(function, backend=backend)(q, k, mask, k)
+        found = torch.compile(function, backend=backend)(q, k, mask, v)
     finally:
         adapter.remove()
     assert attention_of_kernl in seen
     assert functional.softmax not in seen
-    close(found, function(q, k, mask, k))
+    close(found, function(q, k, mask, v))
 
 
 def test_kernls_wrapper_comes_back(kernl: Any) -> None:

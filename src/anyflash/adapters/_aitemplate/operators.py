@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anyflash import api
+from anyflash.core.errors import Unsupported
 from anyflash.semantics.mask import Mask, upper_left
 
 Attributes = Mapping[str, Any]
@@ -89,7 +90,9 @@ def _gemm(columns: bool, then: list[str], permute: bool) -> Callable[..., Tensor
         out = functional.linear(a, b if columns else b.mT, bias)
         for what in then:
             if what in _BINARY:
-                out = _BINARY[what](out, left.pop(0))
+                # The same elements, whatever axes a graph has given them.
+                other = left.pop(0)
+                out = _BINARY[what](out, other.view(out.shape) if other.numel() == out.numel() else other)
             elif what != "bias":
                 out = _UNARY[what](out)
         return _permuted(attributes, out) if permute else out
@@ -142,11 +145,16 @@ def _bmm_softmax_bmm(attributes: Attributes, q: Tensor, k: Tensor, v: Tensor) ->
     return product(q, k, v, attributes["scale"], name.endswith("_causal"), permute)
 
 
-def _elementwise(attributes: Attributes, *operands: Any) -> Tensor:
+def _elementwise(attributes: Attributes, *tensors: Tensor) -> Tensor:
+    """Numbers among the operands are no inputs of the operator; where they stand, its `args` say."""
+    left = list(tensors)
+    numbers = [each._attrs["value"] for each in attributes["args"]]
+    operands = [left.pop(0) if number is None else number for number in numbers]
+    functions: Mapping[str, Callable[..., Tensor]] = _UNARY if len(operands) == 1 else _BINARY
     name = attributes["func"].name.lower()
-    if len(operands) == 1:
-        return _UNARY[name](operands[0])
-    return _BINARY[name](*operands)
+    if name not in functions:
+        raise Unsupported("this graph of AITemplate's", {"anyflash": [f"no elementwise {name}"]})
+    return functions[name](*operands)
 
 
 def _layernorm(attributes: Attributes, x: Tensor, *affine: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ class Program:
     def __init__(self, outputs: Any, constants: Mapping[str, Tensor] | None = None) -> None:
         self._outputs = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
         sorted_operators = _sorted(self._outputs)
-        fused = {id(each): _attention(each) for each in sorted_operators}
+        read = Counter(id(tensor) for each in sorted_operators for tensor in each._attrs["inputs"])
+        read.update(id(tensor) for tensor in self._outputs)
+        fused = {id(each): _attention(each, read) for each in sorted_operators}
         unread = _unread(sorted_operators, fused, self._outputs)
         self._steps: list[Step] = []
         unknown = set()
@@ -46,8 +49,8 @@ class Program:
         if unknown:
             missing = [f"no operator {name}" for name in sorted(unknown)]
             raise Unsupported("this graph of AITemplate's", {"anyflash": missing})
-        read = [tensor for _, inputs, _ in self._steps for tensor in inputs]
-        sources = {id(t): t for t in (*read, *self._outputs) if not t._attrs["src_ops"]}.values()
+        operands = [tensor for _, inputs, _ in self._steps for tensor in inputs]
+        sources = {id(t): t for t in (*operands, *self._outputs) if not t._attrs["src_ops"]}.values()
         self._inputs = [t for t in sources if t._attrs["is_input"]]
         self._parameters = [t for t in sources if not t._attrs["is_input"] and t._attrs["value"] is None]
         self._constants: dict[str, Tensor] = {}
@@ -157,33 +160,35 @@ def _extent(dim: Any, extents: Mapping[str, int]) -> int | None:
     return values[0] if len(values) == 1 else extents.get(dim._attrs["name"])
 
 
-def _only(tensor: Any, *names: str) -> Any:
-    """The operator behind a tensor, if it is one of these and its result goes nowhere else."""
+def _only(tensor: Any, name: str, read: Mapping[int, int]) -> Any:
+    """The operator behind a tensor, if it is of this name and its result goes nowhere else."""
     sources = list(tensor._attrs["src_ops"])
-    if len(sources) != 1 or len(tensor._attrs["dst_ops"]) != 1 or tensor._attrs["is_output"]:
+    if len(sources) != 1 or read[id(tensor)] != 1:
         return None
-    return sources[0] if sources[0]._attrs["op"] in names else None
+    return sources[0] if sources[0]._attrs["op"] == name else None
 
 
-def _attention(last: Any) -> tuple[list[Any], Callable[[Mapping[str, int], list[Any]], Any]] | None:
+def _attention(
+    last: Any, read: Mapping[int, int]
+) -> tuple[list[Any], Callable[[Mapping[str, int], list[Any]], Any]] | None:
     """(q, k and v; what runs) if this operator ends bmm_rcr, a scale or none, softmax and bmm_rrr."""
     attributes = last._attrs
     if attributes["op"] not in ("bmm_rrr", "bmm_rrr_permute"):
         return None
     weights, v = attributes["inputs"]
-    softmax = _only(weights, "softmax")
+    softmax = _only(weights, "softmax", read)
     if softmax is None or softmax._attrs["dim"] not in (-1, 2):
         return None
     scores, scale = softmax._attrs["inputs"][0], 1.0
-    multiply = _only(scores, "elementwise")
+    multiply = _only(scores, "elementwise", read)
     if multiply is not None:
-        factors = multiply._attrs["inputs"]
+        factors = multiply._attrs["args"]
         numbers = [t._attrs["value"] for t in factors if t._attrs["value"] is not None]
         others = [t for t in factors if t._attrs["value"] is None]
         if multiply._attrs["func"].name != "MUL" or len(numbers) != 1 or len(others) != 1:
             return None
         scores, scale = others[0], float(numbers[0])
-    first = _only(scores, "bmm_rcr")
+    first = _only(scores, "bmm_rcr", read)
     if first is None:
         return None
     q, k = first._attrs["inputs"]

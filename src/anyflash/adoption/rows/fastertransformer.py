@@ -106,8 +106,8 @@ def _build(quick: bool) -> Workload:
     }
     return Workload(
         f"GPT-2, {_LAYERS} layers, {config.n_head} heads of {config.n_embd // config.n_head} (random): "
-        f"{batch} prompts of {prompt} bytes of text, then {generated} tokens one by one; FasterTransformer's library "
-        "is for CUDA, so transformers' model on the same weights stands beside it",
+        f"{batch} prompts of {prompt} bytes of text, then {generated} tokens one by one; FasterTransformer's "
+        "library is for CUDA, so transformers' model on the same weights stands beside it",
         "float32",
         step,
         reference,
