@@ -23,7 +23,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from anyflash import api
+from anyflash.adapters._torch.padding import Padding
 from anyflash.adapters._torch.symbols import NotTraceable, conjunction, trace_mask
 from anyflash.core.log import logger
 from anyflash.semantics.expr import Expr, const, var
@@ -160,34 +160,9 @@ def _shifted(index: Expr, offset: int) -> Expr:
     return index + offset if offset else index
 
 
-class _Padding:
-    """Which keys of each batch entry exist: a range where they are contiguous, else a table."""
-
-    def __init__(self, valid: torch.Tensor) -> None:
-        self.valid = valid
-        count = valid.sum(-1)
-        self.length = valid.shape[-1]
-        self.starts = valid.to(torch.uint8).argmax(-1)
-        last = self.length - valid.flip(-1).to(torch.uint8).argmax(-1)
-        self.stops = torch.where(count > 0, last, 0)
-        self.ranges = bool(((self.stops - self.starts) == count).all())
-
-    def formula(self) -> Expr:
-        """Ranges are kept in tables, not as numbers, so that other lengths reuse the compiled kernel."""
-        if not self.ranges:
-            return api.table(self.valid.contiguous())[var("batch"), var("k")]
-        starts, stops = (api.table(t.to(torch.int32)) for t in (self.starts, self.stops))
-        after, before = starts[var("batch")] <= var("k"), var("k") < stops[var("batch")]
-        if not bool(self.starts.any()):
-            return before
-        if bool((self.stops == self.length).all()):
-            return after
-        return after & before
-
-
 def _padding(
     attention_mask: torch.Tensor | None, kv_length: int, kv_offset: int, batch_size: int
-) -> _Padding | None:
+) -> Padding | None:
     """The keys that exist, of the 2-D mask (batch, seen tokens); None if all do.
     Keys past its end do not exist."""
     if attention_mask is None:
@@ -195,4 +170,4 @@ def _padding(
     valid = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if valid.shape[-1] < kv_length:
         valid = torch.nn.functional.pad(valid, (0, kv_length - valid.shape[-1]))
-    return None if bool(valid.all()) else _Padding(valid.expand(batch_size, -1))
+    return None if bool(valid.all()) else Padding(valid.expand(batch_size, -1))
