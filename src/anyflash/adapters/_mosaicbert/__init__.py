@@ -1,0 +1,1 @@
+"""The part of the MosaicBERT adapter that imports torch; loaded by `install()`."""
