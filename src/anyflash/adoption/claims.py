@@ -55,6 +55,27 @@ CLAIMS = {
         "labml.ai, on a GPU",
         "the attention of its UNet, which imports flash_attn. The factor needs a GPU.",
     ),
+    "Composer": Claim(
+        "a library for efficient training that uses FlashAttention; no number.",
+        "FlashAttention's adoption page",
+        "all that its Trainer does for a GPT-2, to which an algorithm gives our attention.",
+    ),
+    "llm-foundry": Claim(
+        "MPT models ask for FlashAttention by attn_impl; no number.",
+        "mosaicml/llm-foundry, for CUDA",
+        "MPT's layers with ALiBi, whose own attention on a CPU forms the scores.",
+    ),
+    "MosaicBERT": Claim(
+        "a faster BERT by FlashAttention, ALiBi, gated units and unpadding together.",
+        "mosaicml/examples, on GPUs",
+        "attention alone: every variant has the other three, and unpads its other layers.",
+    ),
+    "PubMedGPT": Claim(
+        "FlashAttention alone nearly halved the training time of a GPT of 2.7 B parameters.",
+        "FlashAttention's adoption page, on A100s in bfloat16",
+        "one of its layers at full width, where a CPU spends nearly all of its time in products of matrices: "
+        "the factor needs a GPU. The losses are the same.",
+    ),
 }
 
 
