@@ -21,6 +21,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for heavy in (package.parent, package):
         (heavy / "__init__.py").write_text("raise RuntimeError('wants all of its dependencies')\n")
     (package / "layers.py").write_text("import its_kernel\nVALUE = 7\n")
+    loose = tmp_path / "inner" / "without_init" / "parts"
+    loose.mkdir(parents=True)
+    (loose / "part.py").write_text("VALUE = 8\n")
     monkeypatch.setenv(SOURCE.variable, str(tmp_path))
     return tmp_path
 
@@ -35,6 +38,7 @@ def test_importable(folder: Path) -> None:
         ) as root:
             assert root == folder / "inner"
             assert importlib.import_module("some_system.model.layers").VALUE == 7
+            assert importlib.import_module("without_init.parts.part").VALUE == 8
             assert sys.modules["its_kernel"] is not kernel
         assert sys.modules["its_kernel"] is kernel
         assert sys.modules.keys() == before.keys()

@@ -91,11 +91,12 @@ class Checkout:
         try:
             yield root
         finally:
-            sys.path.remove(str(root))
             placed = {*bare, *stubs}
-            for name, module in list(sys.modules.items()):
-                if name in placed or _lies_in(module, root):
-                    del sys.modules[name]
+            # Where a package without a file lies is worked out anew from the path, which holds the root yet.
+            came = [n for n, module in list(sys.modules.items()) if n in placed or _lies_in(module, root)]
+            sys.path.remove(str(root))
+            for name in came:
+                del sys.modules[name]
             sys.modules.update(installed)
             for name in placed & before.keys():
                 sys.modules[name] = before[name]
@@ -110,4 +111,6 @@ def _put(name: str, module: ModuleType) -> None:
 
 def _lies_in(module: ModuleType, root: Path) -> bool:
     file = getattr(module, "__file__", None)
-    return file is not None and Path(file).is_relative_to(root)
+    # Looked up past __getattr__: modules made on the fly answer to any name, with anything.
+    places = getattr(module, "__dict__", {}).get("__path__", ()) if file is None else (file,)
+    return any(Path(place).is_relative_to(root) for place in places)
