@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from anyflash.compat import hub_kernel, install, remove
+from anyflash.compat import door, hub_kernel, install, remove
 from anyflash.compat.aliases import PACKAGES
 from anyflash.compat.version import FLASH_ATTN
 from architecture.sources import ROOT
@@ -167,6 +167,18 @@ def test_metadata_while_installed() -> None:
         import flash_attn.layers
     assert flash_attn.__version__ == FLASH_ATTN, "what was imported keeps working"
     remove()
+
+
+def test_open_until_all_have_released() -> None:
+    door.hold("one")
+    door.hold("other")
+    install()
+    for leave in (remove, remove, lambda: door.release("one")):
+        leave()
+        assert importlib.metadata.version("flash-attn") == FLASH_ATTN
+    door.release("other")
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("flash-attn")
 
 
 def test_another_flash_attn_is_not_replaced(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ class _Telling(Loader):
 
 
 _DOOR = _Door()
+_PROGRAM = "the program"
+_holders: set[str] = set()
 
 
 def install() -> None:
@@ -99,6 +101,28 @@ def install() -> None:
         >>> from flash_attn import flash_attn_func
         >>> anyflash.compat.remove()
     """
+    hold(_PROGRAM)
+
+
+def remove() -> None:
+    """Undo `install`. What a program has imported meanwhile keeps working. Without an `install`, nothing."""
+    release(_PROGRAM)
+
+
+def hold(holder: str) -> None:
+    """`install` for one of several who need it, such as adapters: open until each of them has released it."""
+    _open()
+    _holders.add(holder)
+
+
+def release(holder: str) -> None:
+    """Undo `hold`. Closes if nobody else holds it open."""
+    _holders.discard(holder)
+    if not _holders:
+        _close()
+
+
+def _open() -> None:
     if _DOOR in sys.meta_path:
         return
     for name in PACKAGES:
@@ -115,8 +139,7 @@ def install() -> None:
     transformers_door.open_everywhere()
 
 
-def remove() -> None:
-    """Undo `install`. What a program has imported meanwhile keeps working. Without an `install`, nothing."""
+def _close() -> None:
     if _DOOR not in sys.meta_path:
         return
     sys.meta_path.remove(_DOOR)
