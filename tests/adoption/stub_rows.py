@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from anyflash.adoption.row import Requirement, Result, Role, Row, Variant, Workload
+from anyflash.adoption.row import Reach, Requirement, Result, Role, Row, Variant, Workload
 
 HERE = Requirement("numpy", "pip install numpy")
 NOWHERE = Requirement("no-such-distribution", "pip install no-such-distribution")
@@ -47,6 +47,15 @@ def trains(curves: dict[Role, list[float]]) -> Callable[[bool], Workload]:
     return lambda quick: dataclasses.replace(workload(), train=lambda role, steps: curves[role][:steps])
 
 
+def reaches(quick: bool) -> Workload:
+    """A step of size n holds n times the role's MIB."""
+
+    def prepare(role: Role, size: int) -> Callable[[], object]:
+        return lambda: np.ones(size * MIB[role] << 17)
+
+    return dataclasses.replace(workload(), reach=Reach("things", 100 << 20, range(1, 5), prepare))
+
+
 FALLING = [4.0 - 0.25 * i for i in range(8)]
 NEAR = [loss + 0.01 for loss in FALLING]
 
@@ -67,6 +76,7 @@ ROWS = [
         (HERE,),
         trains({"eager": FALLING, "best": FALLING, "ours": [float("nan")] * 8}),
     ),
+    Row("reaches", "Stub", "grows", (HERE,), reaches),
     Row("right", "Stub", "goes right", (HERE,), lambda quick: workload()),
     Row("wrong", "Stub", "differs", (HERE,), lambda quick: workload(lambda x: x * 1.001)),
     Row("fails", "Stub", "cannot be built", (HERE,), fails),

@@ -56,6 +56,7 @@ def test_whole_page() -> None:
         *expected,
         "3 training steps",
         "at most 1.0e-02, of 1.75 gained",
+        "Longest in 512 MiB beside the input, in residues: eager 224, sdpa 480, anyflash at least 2048.",
         claims.CLAIMS["PyTorch"].text,
     ]
     for text in expected:
@@ -86,6 +87,7 @@ def test_markdown(tmp_path: Path) -> None:
         "RuntimeError: our <outputs> err",
         "`pip install 'it>=1,<2'`",
         claims.CLAIMS["PyTorch"].text,
+        "anyflash at least 2048.",
     ):
         assert wanted in text
     shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)

@@ -80,6 +80,15 @@ def test_a_row_that_trains(outcome: Run) -> None:
     assert found["curve"]["gained"] == 1.75
 
 
+def test_a_row_that_grows(outcome: Run) -> None:
+    """Sizes are tried until one passes 100 MiB: 64, 32 and 16 MiB a unit, four at most."""
+    found = outcome("reaches")
+    assert found["status"] == "ok"
+    assert found["reach"]["longest"] == {"eager": 1, "best": 3, "ours": 4}
+    assert found["reach"]["open"] == ["ours"]
+    assert list(found["reach"]["peaks"]["eager"]) == ["1", "2"]
+
+
 def test_an_absent_system(outcome: Run) -> None:
     found = outcome("absent")
     assert found["status"] == "absent"

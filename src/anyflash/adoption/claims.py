@@ -53,7 +53,28 @@ CLAIMS = {
     "labml-nn": Claim(
         "50% faster Stable Diffusion.",
         "labml.ai, on a GPU",
-        "the attention of its UNet, which imports flash_attn. The factor needs a GPU.",
+        "a block of its UNet, which imports flash_attn, and the whole UNet. The factor needs a GPU.",
+    ),
+    "OpenFold": Claim(
+        "up to 3 times faster than AlphaFold 2 on short sequences, and twice longer ones.",
+        "FlashAttention's adoption page, of the whole model on a GPU",
+        "triangle attention, which takes the most memory of it, beside its own chunks: time, memory, and the "
+        "longest protein in the same memory. The factors need the whole model and a GPU.",
+    ),
+    "Uni-Fold": Claim(
+        "2.6 times faster than AlphaFold; FlashAttention's part of it is about 20%.",
+        "FlashAttention's adoption page; flash-attention, pull request #57, on GPUs",
+        "a whole iteration of its Evoformer, forward and backward. The factor needs the system and GPUs.",
+    ),
+    "Stable Diffusion, CompVis": Claim(
+        "no number for this code; the factors on the page are of its descendants.",
+        "FlashAttention's adoption page",
+        "three levels of its UNet, which hold all of its attention.",
+    ),
+    "Stable Diffusion, Hazy Research": Claim(
+        "3 to 4 times faster generation than diffusers without optimisation.",
+        "Hazy Research, October 2022, on an A100",
+        "the fork's UNet with its attention alone exchanged; half precision and a GPU are in the factor.",
     ),
     "Composer": Claim(
         "a library for efficient training that uses FlashAttention; no number.",

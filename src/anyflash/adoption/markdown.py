@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from anyflash.adoption import claims, curve, page, units
+from anyflash.adoption import claims, curve, page, reach, units
 from anyflash.adoption.charts import losses, standalone
 
 _HEAD = """# Adoption: real systems with their own attention and with ours
@@ -74,6 +74,8 @@ def _system(name: str, rows: list[dict[str, Any]], stem: str) -> str:
     parts.append("\n".join(table))
     for row in rows:
         parts.append(f"*{row['title']}*: {row['workload']}. {page.agreed(row)}")
+        if "reach" in row:
+            parts.append(reach.sentence(row))
         if "curve" in row:
             parts.append(f"![{curve.sentence(row['curve'])}]({stem}-{row['name']}.svg)")
     return "\n\n".join(parts) + "\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anyflash.adoption import agreement, curve, memory, timing
+from anyflash.adoption import agreement, curve, memory, reach, timing
 from anyflash.adoption.row import Result, Role, Row, Workload
 
 
@@ -65,6 +65,10 @@ def measure(row: Row, quick: bool, progress: Progress) -> dict[str, Any]:
     if workload.train is not None:
         record["curve"] = curve.train(
             workload, effort.steps, lambda part: progress("training", 0.9 + 0.1 * part)
+        )
+    if workload.reach is not None:
+        record["reach"] = reach.longest(
+            workload.reach, workload.variants, lambda part: progress("reach", 0.9 + 0.1 * part)
         )
     return record
 

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from anyflash.adoption import claims, curve, units
+from anyflash.adoption import claims, curve, reach, units
 from anyflash.adoption.charts import Bar, bars, losses, ratios
 
 _BUSY = 0.5
@@ -126,7 +126,7 @@ def _card(row: dict[str, Any]) -> str:
         f'<p class="note">{escape(row["workload"])}</p></div><div class="factors">{factors}</div></header>'
         f'<div class="charts">{bars("time of a step: median, and each one measured", times, units.seconds)}'
         f"{bars('peak memory of a step', peaks, units.size)}</div>"
-        f'{_curve(row)}<p class="note">{escape(agreed(row))}</p></section>'
+        f'{_curve(row)}{_reach(row)}<p class="note">{escape(agreed(row))}</p></section>'
     )
 
 
@@ -135,6 +135,10 @@ def _curve(row: dict[str, Any]) -> str:
         return ""
     found = row["curve"]
     return losses(curve.sentence(found), found["losses"])
+
+
+def _reach(row: dict[str, Any]) -> str:
+    return f"<p>{escape(reach.sentence(row))}</p>" if "reach" in row else ""
 
 
 def _label(row: dict[str, Any], role: str) -> str:

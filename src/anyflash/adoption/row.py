@@ -64,6 +64,22 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """How large a problem fits in a given memory, where the claim is of that.
+
+    unit     what a size counts: "residues"
+    limit    bytes that a step may add to its input
+    sizes    ascending; tried one after another until one passes the limit
+    prepare  makes the input of that size, and gives a step on it under that role's attention
+    """
+
+    unit: str
+    limit: int
+    sizes: Sequence[int]
+    prepare: Callable[[Role, int], Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """A built row: model and input are in memory.
 
@@ -73,6 +89,7 @@ class Workload:
     reference    the same in float64, with an attention of the system's own
     train        optional, where the claim is about training: takes the role and a number of steps, trains
                  from the same initial weights on the same real text, and gives the loss before each step
+    reach        optional, where the claim is about the size that fits in memory
     """
 
     description: str
@@ -81,6 +98,7 @@ class Workload:
     reference: Callable[[], Result]
     variants: tuple[Variant, ...]
     train: Callable[[Role, int], Sequence[float]] | None = None
+    reach: Reach | None = None
 
 
 @dataclass(frozen=True, slots=True)
