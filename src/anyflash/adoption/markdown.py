@@ -73,7 +73,7 @@ def _system(name: str, rows: list[dict[str, Any]], stem: str) -> str:
     table += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
     parts.append("\n".join(table))
     for row in rows:
-        parts.append(f"*{row['title']}*: {row['workload']}. {page.agreed(row)}")
+        parts.append(f"*{row['title']}*: {row['workload']}. {page.versions(row)} {page.agreed(row)}")
         if "reach" in row:
             parts.append(reach.sentence(row))
         if "curve" in row:

@@ -123,7 +123,7 @@ def _card(row: dict[str, Any]) -> str:
     )
     return (
         f'<section class="card"><header><div><h3>{escape(row["title"])}</h3>'
-        f'<p class="note">{escape(row["workload"])}</p></div><div class="factors">{factors}</div></header>'
+        f'<p class="note">{escape(row["workload"])}. {escape(versions(row))}</p></div><div class="factors">{factors}</div></header>'
         f'<div class="charts">{bars("time of a step: median, and each one measured", times, units.seconds)}'
         f"{bars('peak memory of a step', peaks, units.size)}</div>"
         f'{_curve(row)}{_reach(row)}<p class="note">{escape(agreed(row))}</p></section>'
@@ -143,6 +143,11 @@ def _reach(row: dict[str, Any]) -> str:
 
 def _label(row: dict[str, Any], role: str) -> str:
     return next(v["label"] for v in row["variants"] if v["role"] == role)
+
+
+def versions(row: dict[str, Any]) -> str:
+    """What the row ran on."""
+    return ", ".join(f"{name} {version}" for name, version in row["versions"].items()) + "."
 
 
 def agreed(row: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from anyflash.adoption.agreement import FACTORS
 from anyflash.core.errors import InvalidCall
 
 FORMAT = 1
+# What every row runs on.
+_SHARED = ("python", "anyflash", "numpy", "torch")
 _HOW = """
 Each row runs in a process of its own: the real package, the same model object, weights and input for every
 attention. Only the attention is exchanged. 'Best own' is the fastest attention that the system itself brings
@@ -53,10 +55,12 @@ def read(file: Path) -> dict[str, Any]:
 def merged(earlier: dict[str, Any], later: dict[str, Any], order: list[str]) -> dict[str, Any]:
     """`earlier` with the rows of `later` in it, which was taken up at another time on the same machine.
 
-    Raises InvalidCall if they differ in the machine or in the size of the workloads.
+    Systems may be of other versions, as they are in environments for those that clash; rows tell theirs.
+    Raises InvalidCall if the machine differs, what all rows share, or the size of the workloads.
     """
-    same = ("cpu", "cores", "versions")
-    differ = [key for key in same if earlier["machine"][key] != later["machine"][key]]
+    first, second = earlier["machine"], later["machine"]
+    differ = [key for key in ("cpu", "cores") if first[key] != second[key]]
+    differ += [name for name in _SHARED if first["versions"].get(name) != second["versions"].get(name)]
     differ += ["quick"] if earlier["quick"] != later["quick"] else []
     if differ:
         raise InvalidCall("resume", f"a run with other {', '.join(differ)}", "one like this")
