@@ -108,6 +108,26 @@ CLAIMS = {
         "the recipe without padding, in which attention is one gain of several: the first row shows its own, "
         "the second adds that of the missing padding. The minutes need GPUs.",
     ),
+    "Colossal-AI": Claim(
+        "Stable Diffusion's pretraining 6.5 times faster, its fine-tuning 7 times cheaper.",
+        "FlashAttention's adoption page, of the whole system on GPUs",
+        "its attention layer alone, on a padded batch. The factors also hold sharding and larger batches.",
+    ),
+    "Kernl": Claim(
+        "up to 12 times faster transformers inference.",
+        "Kernl's README, on an RTX 3090",
+        "the attention's share in a BERT whose graph is rewritten. Most of the factor is CUDA graphs.",
+    ),
+    "AITemplate": Claim(
+        "up to 5.3 times faster BERT inference.",
+        "AITemplate's README, on an A100",
+        "the same graph, run without its compiler, beside transformers' BERT. The factor needs a GPU.",
+    ),
+    "FasterTransformer": Claim(
+        "uses FlashAttention for a GPT's prompts since 5.2; no number.",
+        "NVIDIA/FasterTransformer, release 5.2, December 2022",
+        "its interface of context and decoding, with our attention in it, on a CPU.",
+    ),
 }
 
 

@@ -123,7 +123,8 @@ def _card(row: dict[str, Any]) -> str:
     )
     return (
         f'<section class="card"><header><div><h3>{escape(row["title"])}</h3>'
-        f'<p class="note">{escape(row["workload"])}. {escape(versions(row))}</p></div><div class="factors">{factors}</div></header>'
+        f'<p class="note">{escape(row["workload"])}. {escape(versions(row))}</p></div>'
+        f'<div class="factors">{factors}</div></header>'
         f'<div class="charts">{bars("time of a step: median, and each one measured", times, units.seconds)}'
         f"{bars('peak memory of a step', peaks, units.size)}</div>"
         f'{_curve(row)}{_reach(row)}<p class="note">{escape(agreed(row))}</p></section>'
