@@ -40,8 +40,9 @@ def _build(quick: bool) -> Workload:
     import torch
 
     batch, longest = (2, 512) if quick else (4, 1024)
-    lengths = [min(len(text), longest) for text in corpus.passages(batch, longest // 16, longest // 4)]
-    lengths[0] = longest
+    texts = sorted(corpus.passages(16 * batch, longest // 48, longest // 6), key=len, reverse=True)
+    lengths = [min(len(text), longest) for text in texts[::16]]
+    longest = max(lengths)
     present = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, batch, _HEADS, longest, _DIM, generator=generator)
@@ -73,7 +74,7 @@ def _build(quick: bool) -> Workload:
     labels: dict[Role, str] = {"eager": "scores", "best": "Colossal-AI's kernel (SDPA)", "ours": "anyflash"}
     return Workload(
         f"ColoAttention, {_HEADS} heads of {_DIM}, causal, {batch} sequences of {min(lengths)} to {longest} "
-        "tokens padded to the longest, masks prepared by Colossal-AI: forward and backward of attention "
+        "bytes padded to the longest, masks prepared by Colossal-AI: forward and backward of attention "
         "alone; it offers its kernels on a GPU only, so its SDPA kernel is called past its loader",
         "float32",
         step,

@@ -54,7 +54,9 @@ def _build(quick: bool) -> Workload:
     batch, prompt, generated = (2, 256, 16) if quick else (4, 768, 48)
     room = prompt + generated
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=_BYTES, n_layer=_LAYERS, attn_implementation="eager")
+    config = GPT2Config(
+        vocab_size=_BYTES, n_layer=_LAYERS, attn_implementation="eager", bos_token_id=0, eos_token_id=0
+    )
     model = GPT2Model(config).eval()
     context, decoder = _decoders(model)
     text = corpus.text(batch * room).encode("ascii", "replace")
