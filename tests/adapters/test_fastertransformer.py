@@ -212,6 +212,7 @@ def test_another_mask(slopes: torch.Tensor | None) -> None:
     mask = torch.ones(2, 6, 6, dtype=DOUBLE).tril()
     mask[:, :, :3] = 1
     mask[1, 4] = 0
+    mask[0, 5, 1] = 0.9999
     out, *_ = prompts.forward(x, mask, torch.tensor([6, 6]), linear_bias_slopes=slopes)
     places = torch.arange(6)
     for b in range(2):

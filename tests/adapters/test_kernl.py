@@ -105,6 +105,28 @@ def batched_product(q, k, v):
     return torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v)
 
 
+def sum_of_product(q, k, v):
+    s = torch.baddbmm(BIAS[:1], q, k.mT, beta=0.5, alpha=0.3)
+    return torch.bmm(s.softmax(-1), v)
+
+
+def nothing_of_a_bias(q, k, v):
+    room = torch.full((B * H, S, T), math.nan, dtype=DOUBLE)
+    return torch.bmm(room.baddbmm(q, k.mT, beta=0.0, alpha=0.3).softmax(-1), v)
+
+
+def by_letters(q, k, v):
+    s = torch.einsum("b h i d, b h j d -> b h i j", q, k) * 0.3 + BIAS
+    return torch.einsum("bhij,bhjd->bihd", s.softmax(-1), v)
+
+
+def by_letters_turned(q, k, v):
+    """Heads behind rows, operands the other way round."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    s = torch.einsum("bjhd,bihd->bhij", k, q)
+    return torch.einsum("bjhd,bhij->bihd", v, s.softmax(-1))
+
+
 def cast(q, k, v):
     scores = q @ k.mT + BIAS
     return functional.softmax(scores.double(), dim=-1, dtype=DOUBLE).type_as(scores) @ v
@@ -137,6 +159,10 @@ SPELLINGS: list[tuple[Callable[..., Any], tuple[int, ...], int]] = [
     (batched_product, (B * H,), 1),
     (lambda q, k, v: (q @ k.mT + BIAS).softmax(-1) @ v, (H,), 1),
     (lambda q, k, v: (q @ k.mT + BIAS[0]).softmax(1) @ v, (), 1),
+    (sum_of_product, (B * H,), 1),
+    (nothing_of_a_bias, (B * H,), 1),
+    (by_letters, (B, H), 1),
+    (by_letters_turned, (B, H), 1),
     (cast, (B, H), 1),
     (twice, (B, H), 2),
     (fused, (B, H), 2),
@@ -196,6 +222,9 @@ KEPT = {
     "transposed": lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1).mT,
     "another-function": lambda q, k, v: (q @ k.mT).exp().softmax(-1) @ v,
     "all-dropped": lambda q, k, v: functional.dropout((q @ k.mT).softmax(-1), 1.0) @ v,
+    "over-a-leading-axis": lambda q, k, v: torch.einsum("bhij,bhjd->bid", (q @ k.mT).softmax(-1), v),
+    "one-head-of-keys": lambda q, k, v: torch.einsum("bhid,bjd->bhij", q, k[:, 0]).softmax(-1) @ v,
+    "not-with-values": lambda q, k, v: torch.einsum("bhij,bhid->bhjd", (q @ k.mT).softmax(-1), q),
     "squared": lambda q, k, v: (q @ k.mT).softmax(-1).square() @ v,
 }
 

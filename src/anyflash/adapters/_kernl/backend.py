@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from anyflash.adapters._kernl.call import attention
+from anyflash.adapters._kernl.einsum import Axes
 from anyflash.adapters._kernl.graph import attentions
 from anyflash.adapters._pytorch.functional import scaled_dot_product_attention
 from anyflash.core.errors import InvalidCall
@@ -21,11 +22,14 @@ def rewrite(gm: GraphModule) -> int:
     """Put our attention where the graph computes one, in place; the number of places."""
     found = list(attentions(gm))
     for each in found:
-        with gm.graph.inserting_before(each.out):
-            new = gm.graph.call_function(attention, (each.q, each.keys, each.v, each.steps, each.dropout_p))
-        new.meta = dict(each.out.meta)
-        each.out.replace_all_uses_with(new)
-        for node in (each.out, *reversed(each.inner)):
+        last, axes = each.out
+        with gm.graph.inserting_before(last):
+            operands = [_permuted(gm, *operand) for operand in (each.q, each.keys, each.v)]
+            new = gm.graph.call_function(attention, (*operands, each.steps, each.dropout_p))
+            new = _permuted(gm, new, axes)
+        new.meta = dict(last.meta)
+        last.replace_all_uses_with(new)
+        for node in (last, *reversed(each.inner)):
             gm.graph.erase_node(node)
     fused = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in _FUSED]
     for node in fused:
@@ -33,6 +37,10 @@ def rewrite(gm: GraphModule) -> int:
     gm.recompile()
     logger.info("torch.compile: %d attentions of a graph are ours", len(found) + len(fused))
     return len(found) + len(fused)
+
+
+def _permuted(gm: GraphModule, node: Node, axes: Axes | None) -> Node:
+    return node if axes is None else gm.graph.call_method("permute", (node, axes))
 
 
 def backend(

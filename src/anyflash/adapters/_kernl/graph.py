@@ -19,10 +19,14 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from anyflash.adapters._kernl import einsum
+
 _FUNCTIONS: dict[Any, str] = {
     operator.matmul: "product",
     torch.matmul: "product",
     torch.bmm: "product",
+    torch.einsum: "einsum",
+    torch.baddbmm: "sum of a product",
     operator.add: "add",
     operator.iadd: "add",
     torch.add: "add",
@@ -47,6 +51,7 @@ _FUNCTIONS: dict[Any, str] = {
 _METHODS = {
     "matmul": "product",
     "bmm": "product",
+    "baddbmm": "sum of a product",
     "add": "add",
     "add_": "add",
     "sub": "sub",
@@ -70,24 +75,26 @@ _METHODS = {
 }
 
 Step = tuple[Any, ...]
+Operand = tuple[Node, einsum.Axes | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """One attention of a graph.
 
-    q       (..., q, dim), scaled or not; keys (..., dim, k): k as the product has it; v (..., k, value dim)
+    q       (..., q, dim), scaled or not; keys (..., dim, k): k as the product has it; v (..., k, value dim);
+            each a node and, if it has another order of axes, how to permute it
     steps   ("mul", operand), ("fill", condition, value), ...: applied to the scores in this order
-    out     the node that has its result
+    out     the node that has its result, and how to permute (..., q, value dim) to it
     inner   the nodes that only this attention needs, each before those that use it
     """
 
-    q: Node
-    keys: Node
-    v: Node
+    q: Operand
+    keys: Operand
+    v: Operand
     steps: tuple[Step, ...]
     dropout_p: float
-    out: Node
+    out: Operand
     inner: tuple[Node, ...]
 
 
@@ -126,10 +133,8 @@ def _around(gm: GraphModule, softmax: Node) -> Found | None:
     before = _before(gm, softmax.args[0], {softmax, *passed})
     if before is None:
         return None
-    steps, inner = before
-    product = inner[0]
-    q, keys = product.args
-    values = [value(each) for each in (q, keys, v, product)]
+    (q, keys), steps, inner = before
+    values = [value(each) for each in (q[0], keys[0], v[0], inner[0])]
     if any(each is None or not each.is_floating_point() for each in values):
         return None
     if len({each.dtype for each in values}) > 1 or len({each.ndim for each in values}) > 1:
@@ -139,17 +144,22 @@ def _around(gm: GraphModule, softmax: Node) -> Found | None:
     return Found(q, keys, v, steps, dropout_p, out, (*inner, softmax, *passed))
 
 
-def _after(gm: GraphModule, softmax: Node) -> tuple[Node, Node, float, list[Node]] | None:
+def _after(gm: GraphModule, softmax: Node) -> tuple[Operand, Operand, float, list[Node]] | None:
     """What follows the probabilities: (the product with v, v, dropout_p, the nodes in between)."""
     node, dropout_p, passed = softmax, 0.0, []
     while True:
         users = list(node.users)
-        if len(users) != 1 or not users[0].args or users[0].args[0] is not node:
+        if len(users) != 1:
             return None
         (user,) = users
         what = kind(gm, user)
+        if what == "einsum":
+            found = einsum.with_values(user, node)
+            return found and ((user, found[1]), found[0], dropout_p, passed)
+        if not user.args or user.args[0] is not node:
+            return None
         if what == "product":
-            return (user, user.args[1], dropout_p, passed) if isinstance(user.args[1], Node) else None
+            return ((user, None), (user.args[1], None), dropout_p, passed)
         if what == "dropout":
             chance = _dropout(gm, user)
             if chance is None or (chance and dropout_p):
@@ -188,23 +198,42 @@ def _over_keys(gm: GraphModule, node: Node) -> bool:
     return bool(node.args) and scores is not None and dim in (-1, scores.ndim - 1)
 
 
-def _before(gm: GraphModule, node: Any, known: set[Node]) -> tuple[tuple[Step, ...], list[Node]] | None:
-    """(steps, nodes from the product on) that end in these scores. `known` may look at them: what makes the
-    probabilities, and casts to the type of the scores, which vanish with them."""
+def _before(
+    gm: GraphModule, node: Any, known: set[Node]
+) -> tuple[tuple[Operand, Operand], tuple[Step, ...], list[Node]] | None:
+    """((q, keys), steps, nodes from the product on) that end in these scores. `known` may look at them: what
+    makes the probabilities, and casts to the type of the scores, which vanish with them."""
     scores = value(node)
     if scores is None or not scores.is_floating_point() or node.users.keys() - known:
         return None
     what = kind(gm, node)
     if what == "product":
-        return ((), [node]) if len(node.args) == 2 else None
+        return ((node.args[0], None), (node.args[1], None)), (), [node]
+    if what == "einsum":
+        operands = einsum.of_scores(node)
+        return operands and (operands, (), [node])
+    if what == "sum of a product":
+        return _sum_of_product(node)
     for source, step in _readings(what, node):
         origin = value(source)
         if origin is not None and origin.shape == scores.shape:
             before = _before(gm, source, known | {node})
             if before is not None:
-                steps, inner = before
-                return (*steps, *step), [*inner, node]
+                operands, steps, inner = before
+                return operands, (*steps, *step), [*inner, node]
     return None
+
+
+def _sum_of_product(node: Node) -> tuple[tuple[Operand, Operand], tuple[Step, ...], list[Node]] | None:
+    """beta * bias + alpha * (q @ keys)"""
+    q, keys, beta, alpha = _arguments(node, batch1=None, batch2=None, beta=1, alpha=1)
+    if isinstance(beta, Node) or isinstance(alpha, Node):
+        return None
+    steps: tuple[Step, ...] = (("mul", alpha),)
+    # Without beta there is no bias, whatever lies in its memory.
+    if beta:
+        steps = (("mul", alpha / beta), ("add", node.args[0]), ("mul", beta))
+    return ((q, None), (keys, None)), steps, [node]
 
 
 def _readings(what: str | None, node: Node) -> Iterator[tuple[Any, tuple[Step, ...]]]:
