@@ -60,6 +60,22 @@ def test_an_installed_package_of_the_name_lends_nothing(folder: Path) -> None:
             del sys.modules[name]
 
 
+def test_a_namespace_package_that_was_there_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two folders of one name, the checkout's and one that was imported before, are one package."""
+    own = folder / "elsewhere"
+    for place in (own, folder / "inner"):
+        (place / "its_tests").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(own))
+    package = importlib.import_module("its_tests")
+    try:
+        with SOURCE.importable("some_system", under="inner"):
+            assert len(list(package.__path__)) == 2
+        assert sys.modules["its_tests"] is package
+        assert list(package.__path__) == [str(own / "its_tests")]
+    finally:
+        del sys.modules["its_tests"]
+
+
 def test_revision(folder: Path) -> None:
     assert SOURCE.installed() == "source"
     git = folder / ".git"

@@ -93,7 +93,9 @@ class Checkout:
         finally:
             placed = {*bare, *stubs}
             # Where a package without a file lies is worked out anew from the path, which holds the root yet.
-            came = [n for n, module in list(sys.modules.items()) if n in placed or _lies_in(module, root)]
+            # One that was there before has only grown by a folder of its name.
+            new = [(n, module) for n, module in list(sys.modules.items()) if before.get(n) is not module]
+            came = [n for n, module in new if n in placed or _lies_in(module, root)]
             sys.path.remove(str(root))
             for name in came:
                 del sys.modules[name]
