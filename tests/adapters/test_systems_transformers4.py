@@ -89,13 +89,13 @@ def test_layers_of_colossalai(sharded: Any, name: str, padded: bool) -> None:
         (B, 1, S, S), DOUBLE, x.device, q_padding_mask=present if padded else None, is_causal=True
     )
     seen = torch.ones(S, S, dtype=torch.bool).tril() & present[:, None, None].bool()
-    mask = torch.zeros(B, 1, S, S, dtype=DOUBLE).masked_fill(~seen, torch.finfo(DOUBLE).min)
+    # Finite in float32 as well, in which both of transformers' layers take their softmax.
+    mask = torch.zeros(B, 1, S, S, dtype=DOUBLE).masked_fill(~seen, torch.finfo(torch.float32).min)
     results = []
     for out in (forward(layer, x, attention_mask=prepared)[0], layer(x, attention_mask=mask)[0]):
         rows = out[present.bool()]
         results.append([rows, *torch.autograd.grad(rows.square().sum(), (x, *layer.parameters()))])
     for mine, wanted in zip(*results, strict=True):
-        # Both of transformers' layers take their softmax in float32 here and there.
         close(mine, wanted, torch.float32)
 
 
