@@ -339,6 +339,13 @@ def test_install_and_remove() -> None:
     assert adapter.self_check() is None
 
 
+def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(adapter.target), "installed", lambda self: "5.0.0.116")
+    with pytest.warns(UserWarning, match=r"5.0.0.116 is outside .*FasterTransformer>=5.3,<5.4"):
+        adapter.install()
+    adapter.remove()
+
+
 class Greedy:
     """In the place of FasterTransformer's sampling, which is for CUDA: the likeliest token."""
 

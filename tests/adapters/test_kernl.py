@@ -14,8 +14,9 @@ from torch._dynamo.backends import registry  # noqa: E402
 from torch._dynamo.exc import InvalidBackend  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from adapters.spellings import DOUBLE, SPELLINGS, B, D, H, S, T, draw, methods, qkv, softcap  # noqa: E402
+from adapters.spellings import DOUBLE, SPELLINGS, B, D, H, S, T, draw, fused, methods, qkv, softcap  # noqa: E402
 from anyflash.adapters import kernl as adapter  # noqa: E402
+from anyflash.adapters import pytorch  # noqa: E402
 from anyflash.adapters._kernl.backend import rewrite  # noqa: E402
 from anyflash.adapters._kernl.call import attention_of_kernl  # noqa: E402
 
@@ -153,6 +154,19 @@ def test_install_and_remove() -> None:
     with pytest.raises(InvalidBackend):
         torch.compile(methods, backend="anyflash")
     assert adapter.self_check() is None
+
+
+def test_beside_another_adapter() -> None:
+    """torch's own attention is ours meanwhile, and stays so in a graph that is rewritten."""
+    wanted = fused(*qkv(B, H))
+    adapter.install()
+    try:
+        with pytorch.use():
+            found = torch.compile(fused, backend="anyflash")(*qkv(B, H))
+            close(fused(*qkv(B, H)), wanted)
+    finally:
+        adapter.remove()
+    close(found, wanted)
 
 
 MODELS = {

@@ -50,6 +50,9 @@ class Program:
             missing = [f"no operator {name}" for name in sorted(unknown)]
             raise Unsupported("this graph of AITemplate's", {"anyflash": missing})
         operands = [tensor for _, inputs, _ in self._steps for tensor in inputs]
+        self._last_read = {id(t): step for step, (_, inputs, _) in enumerate(self._steps) for t in inputs}
+        for tensor in self._outputs:
+            self._last_read[id(tensor)] = len(self._steps)
         sources = {id(t): t for t in (*operands, *self._outputs) if not t._attrs["src_ops"]}.values()
         self._inputs = [t for t in sources if t._attrs["is_input"]]
         self._parameters = [t for t in sources if not t._attrs["is_input"] and t._attrs["value"] is None]
@@ -113,10 +116,15 @@ class Program:
             extents.update(zip(names, found.shape, strict=True))
         for tensor in self._parameters:
             values[id(tensor)] = _given(tensor, self._constants, "constants")
-        for operator, operands, run in self._steps:
+        for step, (operator, operands, run) in enumerate(self._steps):
             made = run(extents, [_value(tensor, values) for tensor in operands])
             results = made if isinstance(made, tuple | list) else (made,)
             values.update(zip((id(t) for t in operator._attrs["outputs"]), results, strict=True))
+            # What nobody reads any more gives its memory back.
+            for tensor in (*operands, *operator._attrs["outputs"]):
+                if self._last_read.get(id(tensor), step) <= step:
+                    values.pop(id(tensor), None)
+            del made, results
         return [values[id(tensor)] for tensor in self._outputs]
 
 
