@@ -217,9 +217,13 @@ def _masked(mask: Tensor, slopes: Tensor | None) -> Any:
 
 
 def _seen(slots: Tensor, masked: Tensor) -> Mask:
-    """The slots up to a row's own, but for those masked."""
-    last, hidden = api.table(slots), api.table(masked)
-    return Mask(lambda at: (at.k <= last[at.batch]) & ~hidden[at.batch, at.k])
+    """The slots up to a row's own, but for those masked; prompts of one length have none."""
+    last = api.table(slots)
+    seen = Mask(lambda at: at.k <= last[at.batch])
+    if not bool(masked.any()):
+        return seen
+    hidden = api.table(masked)
+    return seen & (lambda at: ~hidden[at.batch, at.k])
 
 
 def _step_slopes(slopes: Tensor, longest: int, padding: Tensor, slots: Tensor) -> Any:
