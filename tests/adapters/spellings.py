@@ -121,6 +121,13 @@ def twice(q, k, v):
     return first + (q @ k.mT + BIAS).softmax(-1) @ v
 
 
+def stacked(q, k, v):
+    """One attention straight into the next, as its query and as a value."""
+    first = (q @ k.mT).softmax(-1) @ k
+    second = (first @ k.mT).softmax(-1) @ v
+    return (q @ first.mT).softmax(-1) @ second
+
+
 def fused(q, k, v):
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=BIAS) + in_place(q, k, v)
 
@@ -149,5 +156,6 @@ SPELLINGS: list[tuple[Callable[..., Any], tuple[int, ...], int]] = [
     (by_letters_turned, (B, H), 1),
     (cast, (B, H), 1),
     (twice, (B, H), 2),
+    (stacked, (B, H), 3),
     (fused, (B, H), 2),
 ]

@@ -20,8 +20,10 @@ _FUSED = (torch.nn.functional.scaled_dot_product_attention, torch._C._nn.scaled_
 
 def rewrite(gm: GraphModule) -> int:
     """Put our attention where the graph computes one, in place; the number of places."""
-    found = list(attentions(gm))
-    for each in found:
+    count = 0
+    # One at a time: what one attention gives may go straight into the next.
+    while (each := next(attentions(gm), None)) is not None:
+        count += 1
         last, axes = each.out
         with gm.graph.inserting_before(last):
             operands = [_permuted(gm, *operand) for operand in (each.q, each.keys, each.v)]
@@ -35,8 +37,9 @@ def rewrite(gm: GraphModule) -> int:
     for node in fused:
         node.target = scaled_dot_product_attention
     gm.recompile()
-    logger.info("torch.compile: %d attentions of a graph are ours", len(found) + len(fused))
-    return len(found) + len(fused)
+    count += len(fused)
+    logger.info("torch.compile: %d attentions of a graph are ours", count)
+    return count
 
 
 def _permuted(gm: GraphModule, node: Node, axes: Axes | None) -> Node:
