@@ -14,7 +14,7 @@ from torch._dynamo.backends import registry  # noqa: E402
 from torch._dynamo.exc import InvalidBackend  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from adapters.spellings import DOUBLE, SPELLINGS, B, D, H, S, T, draw, fused, methods, qkv, softcap  # noqa: E402
+from adapters.spellings import BIAS, DOUBLE, SPELLINGS, B, D, H, S, T, draw, fused, methods, qkv, softcap  # noqa: E402
 from anyflash.adapters import kernl as adapter  # noqa: E402
 from anyflash.adapters import pytorch  # noqa: E402
 from anyflash.adapters._kernl.backend import rewrite  # noqa: E402
@@ -134,6 +134,22 @@ def test_backend(then: str | None) -> None:
     ours = torch.compile(softcap, backend=adapter.backend, options=options, fullgraph=True)
     for mine, wanted in zip(trained(ours, qkv(B, H)), trained(softcap, qkv(B, H)), strict=True):
         close(mine, wanted)
+
+
+@pytest.mark.parametrize("then", [None, "aot_eager"])
+def test_any_length(then: str | None) -> None:
+    """One graph for all lengths, whose scale and mask depend on symbols."""
+
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.mT / math.sqrt(q.size(-1)) + BIAS[:, : q.shape[-2], : k.shape[-2]]
+        return scores.softmax(-1) @ v
+
+    options = None if then is None else {"then": then}
+    ours = torch.compile(masked, backend=adapter.backend, options=options, dynamic=True)
+    for rows, keys in ((2, 3), (3, 5), (S, T)):
+        inputs = [t[..., :n, :].contiguous() for t, n in zip(qkv(B, H), (rows, keys, keys), strict=True)]
+        for mine, wanted in zip(trained(ours, inputs), trained(masked, inputs), strict=True):
+            close(mine, wanted)
 
 
 def test_unknown_option() -> None:
