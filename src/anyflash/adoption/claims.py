@@ -64,7 +64,8 @@ CLAIMS = {
     "Uni-Fold": Claim(
         "2.6 times faster than AlphaFold; FlashAttention's part of it is about 20%.",
         "FlashAttention's adoption page; flash-attention, pull request #57, on GPUs",
-        "a whole iteration of its Evoformer, forward and backward. The factor needs the system and GPUs.",
+        "a whole iteration of its Evoformer, forward and backward, and triangle attention as OpenFold's. The "
+        "factor needs the system and GPUs.",
     ),
     "Stable Diffusion, CompVis": Claim(
         "no number for this code; the factors on the page are of its descendants.",

@@ -10,13 +10,8 @@ from typing import Any
 
 from anyflash.adapters import openfold as adapter
 from anyflash.adoption import checkouts
-from anyflash.adoption.row import Reach, Requirement, Result, Role, Row, Variant, Workload
-
-# AlphaFold's pair representation and its heads.
-_WIDTH, _DIM, _HEADS = 128, 32, 4
-# AlphaFold's chunks are of 4 rows, for the sake of their scores. Ours has none, so they may be larger.
-_CHUNKS: dict[Role, int | None] = {"eager": None, "best": 4, "ours": 16}
-_LABELS: dict[Role, str] = {"eager": "OpenFold", "best": "its chunks", "ours": "anyflash, its chunks"}
+from anyflash.adoption.row import Requirement, Result, Role, Row, Variant, Workload
+from anyflash.adoption.rows._triangle import DIM, HEADS, WIDTH, kept, pair, spread, workload
 
 
 @contextmanager
@@ -29,67 +24,18 @@ def _attention(role: Role) -> Iterator[None]:
         adapter.remove()
 
 
-def _kept(length: int) -> int:
-    return length - length // 8
-
-
-def _pair(length: int) -> tuple[Any, Any]:
-    """A pair representation and its mask: an eighth of the residues is padding."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    present = (torch.arange(length) < _kept(length)).float()
-    return torch.randn(1, length, length, _WIDTH, generator=generator), torch.outer(present, present)[None]
-
-
 def _layer() -> Any:
     import torch
     from openfold.model.triangular_attention import TriangleAttentionStartingNode
 
     torch.manual_seed(0)
-    layer = TriangleAttentionStartingNode(_WIDTH, _DIM, _HEADS).eval()
-    # As made it gives zeros, and so does its gate.
-    for parameter in layer.mha.parameters():
-        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return layer
+    return spread(TriangleAttentionStartingNode(WIDTH, DIM, HEADS).eval())
 
 
 def _build(quick: bool) -> Workload:
-    import torch
-
     checkouts.keep(adapter.importable())
-    layer, length = _layer(), 128 if quick else 256
-    pair, mask = _pair(length)
-
-    def update(network: Any, role: Role, x: Any, present: Any) -> Any:
-        with torch.inference_mode():
-            out = network(x, mask=present, chunk_size=_CHUNKS[role])
-        # Of padding, which is masked by a finite number, only rounding would be compared.
-        kept = _kept(x.shape[1])
-        return out[:, :kept, :kept]
-
-    def step(role: Role) -> Result:
-        return Result({"pair": update(layer, role, pair, mask).numpy()}, {})
-
-    def reference() -> Result:
-        exact = update(copy.deepcopy(layer).double(), "eager", pair.double(), mask.double())
-        return Result({"pair": exact.numpy()}, {})
-
-    reach = Reach(
-        "residues",
-        (128 if quick else 512) << 20,
-        range(64, 2049, 32),
-        lambda role, size: partial(update, layer, role, *_pair(size)),
-    )
-    return Workload(
-        f"TriangleAttentionStartingNode, {length} residues, {_HEADS} heads of {_DIM}, mask and pair bias: "
-        f"forward; whole, by its chunks of {_CHUNKS['best']} rows, and ours by chunks of {_CHUNKS['ours']}",
-        "float32",
-        step,
-        reference,
-        tuple(Variant(role, label, partial(_attention, role)) for role, label in _LABELS.items()),
-        reach=reach,
-    )
+    layer = _layer()
+    return workload("OpenFold", layer, lambda x, mask, chunk: layer(x, mask, chunk), _attention, quick)
 
 
 def _build_training(quick: bool) -> Workload:
@@ -97,7 +43,7 @@ def _build_training(quick: bool) -> Workload:
     from openfold.model import primitives
 
     layer, length = _layer(), 96 if quick else 192
-    pair, mask = _pair(length)
+    x, mask = pair(length)
 
     @contextmanager
     def attention(role: Role) -> Iterator[None]:
@@ -114,7 +60,7 @@ def _build_training(quick: bool) -> Workload:
         network.zero_grad(set_to_none=True)
         leaf = x.detach().requires_grad_()
         out = network(leaf, mask=present)
-        out = out[:, : _kept(x.shape[1]), : _kept(x.shape[1])]
+        out = out[:, : kept(x.shape[1]), : kept(x.shape[1])]
         out.square().mean().backward()
         assert leaf.grad is not None
         gradients = {n: p.grad.numpy() for n, p in network.named_parameters()}
@@ -122,12 +68,12 @@ def _build_training(quick: bool) -> Workload:
 
     labels: dict[Role, str] = {"eager": "OpenFold", "best": "torch's SDPA on the sum", "ours": "anyflash"}
     return Workload(
-        f"TriangleAttentionStartingNode, {length} residues, {_HEADS} heads of {_DIM}, mask and pair bias: "
+        f"TriangleAttentionStartingNode, {length} residues, {HEADS} heads of {DIM}, mask and pair bias: "
         "forward and backward, with the gradient of the bias; its own memory-saving attention is for "
         "inference or a GPU, so torch's on the sum of the biases stands for it",
         "float32",
-        lambda role: train(layer, pair, mask),
-        lambda: train(copy.deepcopy(layer).double(), pair.double(), mask.double()),
+        lambda role: train(layer, x, mask),
+        lambda: train(copy.deepcopy(layer).double(), x.double(), mask.double()),
         tuple(Variant(role, label, partial(attention, role)) for role, label in labels.items()),
     )
 

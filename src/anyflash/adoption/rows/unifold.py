@@ -1,4 +1,4 @@
-"""Uni-Fold: a whole iteration of its Evoformer, forward and backward."""
+"""Uni-Fold: triangle attention, and a whole iteration of its Evoformer, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from anyflash.adapters import unifold as adapter
 from anyflash.adoption import checkouts
 from anyflash.adoption.row import Requirement, Result, Role, Row, Variant, Workload
+from anyflash.adoption.rows._triangle import DIM, HEADS, WIDTH, spread, workload
 
 # The sizes of its model_1; the heads are of 32 columns.
 _ALIGNMENT, _PAIR, _DIM, _HEADS, _PAIR_HEADS, _MASKED = 256, 128, 32, 8, 4, 3e4
@@ -17,18 +18,26 @@ _ALIGNMENT, _PAIR, _DIM, _HEADS, _PAIR_HEADS, _MASKED = 256, 128, 32, 8, 4, 3e4
 
 @contextmanager
 def _attention(role: Role) -> Iterator[None]:
-    """The best there is without us by a forward that calls torch's attention on the sum of mask and bias."""
-    from unifold.modules.attentions import Attention
-
-    own = Attention.forward
     if role == "ours":
         adapter.install()
-    elif role == "best":
-        Attention.forward = _by_torch
     try:
         yield
     finally:
         adapter.remove()
+
+
+@contextmanager
+def _or_by_torch(role: Role) -> Iterator[None]:
+    """The best there is without us by a forward that calls torch's attention on the sum of mask and bias."""
+    from unifold.modules.attentions import Attention
+
+    own = Attention.forward
+    if role == "best":
+        Attention.forward = _by_torch
+    try:
+        with _attention(role):
+            yield
+    finally:
         Attention.forward = own
 
 
@@ -100,16 +109,40 @@ def _build(quick: bool) -> Workload:
         "float32",
         lambda role: train(block),
         reference,
-        tuple(Variant(role, label, partial(_attention, role)) for role, label in labels.items()),
+        tuple(Variant(role, label, partial(_or_by_torch, role)) for role, label in labels.items()),
     )
 
 
+def _build_triangle(quick: bool) -> Workload:
+    import torch
+
+    checkouts.keep(adapter.importable())
+    from unifold.modules.attentions import TriangleAttentionStarting, gen_tri_attn_mask
+
+    torch.manual_seed(0)
+    layer = spread(TriangleAttentionStarting(WIDTH, DIM, HEADS).eval())
+
+    def call(x: Any, mask: Any, chunk: int | None) -> Any:
+        starting, _ = gen_tri_attn_mask(mask, _MASKED)
+        return layer(x, attn_mask=starting, chunk_size=chunk)
+
+    return workload("Uni-Fold", layer, call, _attention, quick)
+
+
+_REQUIRES = (Requirement("torch", "pip install torch==2.13.0"), adapter.source, adapter.core)
 ROWS = [
+    Row(
+        "unifold-triangle",
+        "Uni-Fold",
+        "triangle attention, and the longest that fits",
+        _REQUIRES,
+        _build_triangle,
+    ),
     Row(
         "unifold-evoformer",
         "Uni-Fold",
         "an Evoformer iteration, forward and backward",
-        (Requirement("torch", "pip install torch==2.13.0"), adapter.source, adapter.core),
+        _REQUIRES,
         _build,
-    )
+    ),
 ]
