@@ -162,7 +162,7 @@ def test_checkpointed_gradients() -> None:
     for checkpointed in (False, True):
         model = BY_ID["bloom"].make().train()
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         attend(model, adapter.IMPLEMENTATION, "left").square().mean().backward()
         found.append(model.transformer.h[0].self_attention.query_key_value.weight.grad)
     assert torch.equal(*found)
