@@ -28,10 +28,26 @@ class Overlay:
     tests: tuple[str, ...]
 
 
+# Composer and llm-foundry pin an older torch, and want two dozen packages that nothing here calls.
+_MOSAIC = (
+    "mosaicml==0.32.1",
+    "llm-foundry==0.22.0",
+    "torchmetrics==1.7.4",
+    "torch_optimizer==0.3.0",
+    "pytorch_ranger==0.1.1",
+    "lightning_utilities==0.15.3",
+    "coolname==5.0.0",
+    "tabulate==0.9.0",
+    "importlib_metadata==8.7.0",
+    "catalogue==2.0.10",
+)
+_MOSAIC_TESTS = ("tests/adapters/test_composer.py", "tests/adapters/test_llm_foundry.py")
+
 OVERLAYS = {
+    "mosaic": Overlay(_MOSAIC, _MOSAIC_TESTS),
     "transformers4": Overlay(
-        packages=("transformers==4.51.3", "tokenizers==0.21.4", "huggingface_hub==0.36.0"),
-        tests=("tests/adapters/test_registry.py",),
+        ("transformers==4.51.3", "tokenizers==0.21.4", "huggingface_hub==0.36.0", *_MOSAIC),
+        (*_MOSAIC_TESTS, "tests/adapters/test_systems_transformers4.py", "tests/adapters/test_kernl.py"),
     ),
 }
 

@@ -112,7 +112,7 @@ CLAIMS = {
     "Colossal-AI": Claim(
         "Stable Diffusion's pretraining 6.5 times faster, its fine-tuning 7 times cheaper.",
         "FlashAttention's adoption page, of the whole system on GPUs",
-        "its attention layer alone, on a padded batch. The factors also hold sharding and larger batches.",
+        "its attention alone, on a padded batch. Sharding and larger batches are in the factors.",
     ),
     "Kernl": Claim(
         "up to 12 times faster transformers inference.",
