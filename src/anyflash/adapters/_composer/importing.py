@@ -1,8 +1,9 @@
 """Composer and llm-foundry without the packages that they import but that nothing here calls.
 
 Composer wants torchvision, of which PyPI has builds for CUDA alone: beside a torch without it they cannot
-load their operators, nor be imported for that. It also wants the client of a training service. llm-foundry
-wants two dozen packages more, none of them for its models. What is missing gets a stand-in, for this process.
+load their operators, nor be imported for that, and transformers with them. It also wants the client of a
+training service. llm-foundry wants two dozen packages more, none of them for its models. What is missing or
+broken gets a stand-in, for this process.
 """
 
 from __future__ import annotations
@@ -12,10 +13,35 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+_VISION = (
+    "torchvision",
+    "torchvision.datasets",
+    "torchvision.models",
+    "torchvision.models.resnet",
+    "torchvision.ops",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+    "torchvision.utils",
+)
 _kept: list[object] = []
+
+
+class _StandIn(ModuleType):
+    """A package in which every name is an empty class."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None, is_package=True)
+        self.__path__ = []
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
 
 
 def composer() -> None:
@@ -24,6 +50,8 @@ def composer() -> None:
         sys.modules["mcli"] = ModuleType("mcli")
     try:
         importlib.import_module("torchvision")
+    except ImportError:
+        _do_without()
     except RuntimeError:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -41,6 +69,17 @@ def llm_foundry() -> None:
             package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
             sys.modules[name] = package
     importlib.import_module("llmfoundry.models.mpt")
+
+
+def _do_without() -> None:
+    """transformers looks once whether torchvision is there, and is to find that it is not."""
+    utils = importlib.import_module("transformers.utils")
+    utils.is_torchvision_available()
+    for name in _VISION:
+        module = sys.modules[name] = _StandIn(name)
+        parent, _, own = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], own, module)
 
 
 def _define_operators() -> None:

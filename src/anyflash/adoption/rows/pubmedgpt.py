@@ -69,7 +69,8 @@ def _build(quick: bool) -> Workload:
 
     length = _LENGTH // 4 if quick else _LENGTH
     ids = torch.tensor([_tokens(400_000)[:length]])
-    model = _model(_HEADS, 1, _LENGTH)
+    heads = _HEADS // 4 if quick else _HEADS
+    model = _model(heads, 1, _LENGTH)
 
     def train(network: Any) -> Result:
         network.zero_grad(set_to_none=True)
@@ -106,7 +107,7 @@ def _build(quick: bool) -> Workload:
     parameters = sum(p.numel() for p in model.parameters())
     labels: dict[Role, str] = {"eager": "eager", "best": "sdpa", "ours": "anyflash"}
     return Workload(
-        f"PubMedGPT's GPT-2 at its width {_WIDTH}, {_HEADS} heads of {_WIDTH // _HEADS} and vocabulary, 1 of "
+        f"PubMedGPT's GPT-2 with {heads} of its {_HEADS} heads of {_WIDTH // _HEADS}, its vocabulary, 1 of "
         f"its 32 layers, {parameters / 1e6:.0f} M parameters (random), {ids.shape[1]} tokens of text: "
         "forward, loss and backward. At this width nearly all of the work is in the linear layers. "
         "The curve: 4 heads of 128, 2 layers, 256 tokens a step, AdamW",
