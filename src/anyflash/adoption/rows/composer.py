@@ -63,7 +63,7 @@ def _fit(
 
     class Watch(Callback):
         def after_loss(self, state: Any, logger: Any) -> None:
-            losses.append(float(state.loss))
+            losses.append(float(state.loss.detach()))
 
         def after_backward(self, state: Any, logger: Any) -> None:
             if len(losses) == len(batches):

@@ -67,6 +67,8 @@ def _model(length: int) -> Any:
         attn_config={"attn_impl": "torch", "alibi": True},
         init_config={"name": "kaiming_normal_"},
         norm_type="layernorm",
+        # transformers 5 no longer gives configurations one.
+        pad_token_id=None,
     )
     return MPTForCausalLM(config).train()
 

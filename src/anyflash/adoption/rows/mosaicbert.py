@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.resources
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ _imports = ExitStack()
 def _layers() -> Any:
     """The module of all its classes, from the checkout, for as long as the process lives."""
     _imports.enter_context(adapter.importable())
+    # Left to the interpreter's end it would find no more sys.path to restore.
+    atexit.register(_imports.close)
     return importlib.import_module("bert_layers")
 
 
