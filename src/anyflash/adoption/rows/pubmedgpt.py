@@ -39,6 +39,8 @@ def _model(heads: int, layers: int, length: int) -> Any:
         n_head=heads,
         n_layer=layers,
         n_positions=length,
+        bos_token_id=_VOCABULARY - 1,
+        eos_token_id=_VOCABULARY - 1,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
