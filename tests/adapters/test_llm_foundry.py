@@ -162,6 +162,32 @@ def test_decoding(name: str, attn_impl: str) -> None:
         assert shapes[0] == shapes[1]
 
 
+# What MPT never passes alone: it puts padding into the bias too, and ALiBi is the same in every cut.
+CALLS: dict[str, Callable[[], dict[str, Any]]] = {
+    "bias-cut-to-its-end": lambda: {"attn_bias": torch.randn(1, HEADS, S + 3, S + 5, dtype=DOUBLE)},
+    "bias-of-keys": lambda: {"attn_bias": torch.randn(BATCH, 1, 1, S, dtype=DOUBLE)},
+    "padding": lambda: {"key_padding_mask": right_padded()},
+    "holes": lambda: {"key_padding_mask": torch.tensor([[i % 3 != 1 for i in range(S)]] * BATCH)},
+    "window-both-ways": lambda: {"sliding_window_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call(name: str) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(BATCH, S, WIDTH, dtype=DOUBLE)
+    k, v = torch.randn(2, BATCH, S, WIDTH // 2, dtype=DOUBLE).unbind(0)
+    given = CALLS[name]()
+    results = []
+    for ours in (False, True):
+        if ours:
+            adapter.install()
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = attention_implementations.get("torch")(*leaves, HEADS, HEADS // 2, **given)[0]
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    close(results[1], results[0])
+
+
 def test_generate() -> None:
     """transformers' own loop gives the same tokens."""
     found = []
