@@ -17,6 +17,12 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+# Their own dependencies would bring another torch.
+COMPOSER = (
+    "pip install --no-deps 'mosaicml==0.32.1' 'torchmetrics<1.7.5' lightning-utilities torch_optimizer "
+    "pytorch-ranger coolname 'tabulate==0.9.0' py-cpuinfo 'importlib_metadata<9'"
+)
+LLM_FOUNDRY = "pip install --no-deps 'llm-foundry==0.22.0' 'catalogue<3' einops"
 _VISION = (
     "torchvision",
     "torchvision.datasets",

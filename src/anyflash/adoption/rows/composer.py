@@ -131,7 +131,7 @@ ROWS = [
         "Composer",
         "Trainer.fit of a GPT-2",
         (
-            Requirement("mosaicml", adapter.target.how_to_install),
+            Requirement("mosaicml", importing.COMPOSER),
             Requirement("transformers", "pip install transformers"),
         ),
         _build,

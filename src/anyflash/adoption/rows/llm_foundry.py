@@ -113,8 +113,8 @@ ROWS = [
         "llm-foundry",
         "MPT training step with ALiBi",
         (
-            Requirement("llm-foundry", adapter.target.how_to_install),
-            Requirement("mosaicml", "pip install 'mosaicml>=0.32,<0.33'"),
+            Requirement("llm-foundry", importing.LLM_FOUNDRY),
+            Requirement("mosaicml", importing.COMPOSER),
         ),
         _build,
     )
