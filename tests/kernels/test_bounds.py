@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyflash.kernels.llvm.bounds import LIMIT, Instructions
+from anyflash.kernels.llvm.bounds import Instructions
 from anyflash.kernels.llvm.ir import DOUBLE, I64, Builder
 from anyflash.kernels.llvm.launch import block_bounds
 from anyflash.semantics.expr import VARIABLES, Expr
 from anyflash.semantics.interval import Numbers, bound
+from anyflash.semantics.limits import LIMIT
 from anyflash.semantics.text import show
 from kernels.cases import Array
 from kernels.functions import compiled, pointer, usable

@@ -10,10 +10,10 @@ import pytest
 
 from anyflash.core.errors import InvalidCall
 from anyflash.kernels.llvm import schedule
-from anyflash.kernels.llvm.limits import TABLE_LIMIT, check_table, integers_too_wide
 from anyflash.kernels.llvm.schedule import BLOCK_K, Walk, backward_walks, table_sums
 from anyflash.kernels.llvm.spec import TASK_WORDS, RegisterTile
 from anyflash.kernels.llvm.target import NAMES, get_target
+from anyflash.semantics.limits import TABLE_LIMIT, check_table, integers_too_wide
 from anyflash.semantics.problem import Problem, Program, TableSpec
 
 BLOCK_Q = 48

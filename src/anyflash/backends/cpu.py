@@ -48,7 +48,7 @@ class CpuBackend:
         return None if target.fma else "needs a processor with AVX2 and FMA, or AArch64"
 
     def decline(self, problem: Problem, device: Device) -> list[str]:
-        from anyflash.kernels.llvm.limits import integers_too_wide
+        from anyflash.semantics.limits import integers_too_wide
 
         if device.kind != "cpu":
             return [f"runs on the cpu, the arrays are on {device}"]

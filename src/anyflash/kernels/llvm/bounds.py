@@ -10,8 +10,8 @@ import math
 from anyflash.kernels.llvm.ir import DOUBLE, I1, I64, Builder, Value
 from anyflash.semantics.expr import Kind
 from anyflash.semantics.interval import Interval, Number
+from anyflash.semantics.limits import LIMIT
 
-LIMIT = 2**31
 _TYPE = {"int": I64, "float": DOUBLE, "bool": I1}
 
 

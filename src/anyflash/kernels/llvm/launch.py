@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from anyflash.core.view import View
 from anyflash.kernels.llvm import engine, pool, schedule
 from anyflash.kernels.llvm.layout import padded
-from anyflash.kernels.llvm.limits import check_table
 from anyflash.kernels.llvm.spec import ARRAYS, ArgumentBlock, Part, Spec, partial_bytes
 from anyflash.kernels.llvm.target import Target
 from anyflash.semantics.arrays import as_numpy
+from anyflash.semantics.limits import check_table
 from anyflash.semantics.operands import Operands
 from anyflash.semantics.problem import Problem
 from anyflash.semantics.rng import threshold

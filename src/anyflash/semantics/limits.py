@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflash.core.errors import InvalidCall
-from anyflash.kernels.llvm.bounds import LIMIT
 from anyflash.semantics.expr import Expr
 from anyflash.semantics.interval import Numbers, bound
 from anyflash.semantics.problem import Problem
 from anyflash.semantics.text import parse
 
+LIMIT = 2**31
 TABLE_LIMIT = 2**24
 
 
@@ -24,7 +24,7 @@ def check_table(values: NDArray[np.generic], slot: int) -> None:
                 f"table {slot}",
                 f"integers from {low} to {high}",
                 f"integers of at most {TABLE_LIMIT} in magnitude",
-                "The CPU kernels compute with 32-bit integers; renumber the entries",
+                "Kernels compute with 32-bit integers; renumber the entries",
             )
 
 

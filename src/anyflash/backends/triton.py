@@ -1,0 +1,77 @@
+"""The portable GPU backend: Triton, on NVIDIA and AMD. Under TRITON_INTERPRET=1 it runs on the CPU, slowly."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from anyflash.core.device import Device
+from anyflash.core.errors import Unsupported
+from anyflash.core.view import View
+from anyflash.semantics.limits import integers_too_wide
+from anyflash.semantics.operands import Gradients, Operands, Results, Saved
+from anyflash.semantics.problem import Problem
+
+_DTYPES = ("float16", "bfloat16", "float32")
+_GPUS = ("cuda", "hip")
+_GREATEST_DIM = 576
+
+
+class Triton:
+    name = "triton"
+    rank: int | None = 20
+    accepts = "memory"
+
+    def available(self) -> str | None:
+        for package in ("triton", "torch"):
+            if importlib.util.find_spec(package) is None:
+                return f"needs {package}, which is not installed"
+        from anyflash.kernels.triton.device import interpreted
+
+        if interpreted():
+            return None
+        import torch
+
+        return None if torch.cuda.is_available() else "torch sees no GPU"
+
+    def decline(self, problem: Problem, device: Device) -> list[str]:
+        from anyflash.kernels.triton.device import interpreted
+
+        wanted = ("cpu",) if interpreted() else _GPUS
+        if device.kind not in wanted:
+            return [f"runs on {' and '.join(wanted)}, the arrays are on {device}"]
+        reasons = integers_too_wide(problem)
+        if problem.dtype not in _DTYPES:
+            reasons.append(f"computes in float32, the arrays are {problem.dtype}")
+        if problem.addressing == "paged":
+            reasons.append("has no kernel for pages yet")
+        if max(problem.head_dim, problem.head_dim_v) > _GREATEST_DIM:
+            reasons.append(f"head dims end at {_GREATEST_DIM}")
+        return reasons
+
+    def configure(self, problem: Problem) -> str:
+        return "tiles by device"
+
+    def forward(self, problem: Problem, config: str, operands: Operands, results: Results) -> None:
+        from anyflash.kernels.triton import launch
+
+        launch.forward(problem, operands, results)
+
+    def backward(
+        self, problem: Problem, config: str, operands: Operands, saved: Saved, grads: Gradients
+    ) -> None:
+        from anyflash.kernels.triton import launch
+
+        launch.backward(problem, operands, saved, grads)
+
+    def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:
+        raise Unsupported("a backward from a given lse", {self.name: ["not written yet"]})
+
+    def explain(self, problem: Problem, config: str) -> dict[str, Any]:
+        from anyflash.kernels.triton import schedule
+
+        found = schedule.INTERPRETED
+        return {"block_q": found.block_m, "block_k": found.block_n}
+
+
+BACKEND = Triton()

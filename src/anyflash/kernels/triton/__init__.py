@@ -1,0 +1,19 @@
+"""Portable GPU kernels: one source for NVIDIA and AMD, compiled by Triton.
+
+    expressions.py   score and mask expressions as Triton source
+    bounds.py        tile classes as Triton source, by the interval rules of semantics
+    program.py       a Problem's device functions: generated, decorated, kept
+    elementary.py    what generated source calls: floor division, tanh, table look-ups
+    tiles.py         loads, stores and products of tiles whose width is a power of two and a rest
+    dropout.py       the random numbers of semantics/rng.py for a tile
+    forward.py       out, lse, stats
+    prepare.py       delta of a row, and the sinks' gradient
+    backward.py      dK and dV, then dQ
+    schedule.py      tile sizes, warps and stages by device and head_dim
+    launch.py        views to launches
+    interpreter.py   what makes Triton's interpreter right for bfloat16
+
+Every kernel states its math, its tiles and its registers. Rules for all: no atomics on floats in a
+deterministic kernel, no block pointers, no autotuning, bfloat16 only in load, store, trans, where and dot (the
+interpreter computes nothing else in it), addresses in 64 bits.
+"""

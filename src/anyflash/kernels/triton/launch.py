@@ -1,0 +1,296 @@
+"""From views to launches: arguments, constants, grids.
+
+All constants that a kernel is specialised by are collected in `_constants`; what differs from call to call
+travels as arguments. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from anyflash.core.device import Device
+from anyflash.core.view import View
+from anyflash.kernels.triton import backward as backward_kernels
+from anyflash.kernels.triton import forward as forward_kernels
+from anyflash.kernels.triton import prepare, schedule
+from anyflash.kernels.triton import tables as table_kernels
+from anyflash.kernels.triton.device import architecture, current, empty, pointer, steps
+from anyflash.kernels.triton.program import Functions, functions
+from anyflash.semantics.operands import Gradients, Operands, Results, Saved
+from anyflash.semantics.problem import Problem
+from anyflash.semantics.rng import threshold
+
+_LOG2_E = math.log2(math.e)
+
+
+def forward(problem: Problem, operands: Operands, results: Results) -> None:
+    call = _Call(problem, operands)
+    with current(call.device):
+        if problem.packed_q:
+            _fill_rows_of_no_sequence(call, results)
+        if not problem.batch or not problem.seqlen_q:
+            return
+        tiles = call.tiles("forward")
+        call.launch(
+            forward_kernels.forward,
+            _blocks(problem.seqlen_q, tiles.block_m) * problem.heads_q * problem.batch,
+            tiles,
+            [pointer(view) for view in (operands.q, operands.k, operands.v)]
+            + [pointer(view) for view in (results.out, results.lse, results.stats)],
+            [
+                *call.shared_arrays(),
+                *(_rows(view) for view in (operands.q, operands.k, operands.v, results.out)),
+                _lse_steps(problem, steps(results.lse)),
+                _stats_steps(problem, steps(results.stats)),
+            ],
+            {"SCORE": call.functions.final_score, "SINKS": problem.program.sinks},
+        )
+
+
+def backward(problem: Problem, operands: Operands, saved: Saved, grads: Gradients) -> None:
+    call = _Call(problem, operands)
+    with current(call.device):
+        for view in grads.tables:
+            if view is not None:
+                _zero(view)
+        if grads.dsinks is not None:
+            _zero(grads.dsinks)
+        if problem.packed_q:
+            for view in (grads.dq, grads.dk, grads.dv):
+                _zero(view)
+        if not problem.batch:
+            return
+        # delta - dlse of every row, in the layout of lse.
+        delta = empty(problem.lse_shape, call.device)
+        if problem.seqlen_q:
+            _prepare(call, saved, delta, grads)
+        _gradients(call, saved, delta, grads)
+
+
+def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
+    problem, block = call.problem, 32
+    sinks = grads.dsinks is not None
+    blocks = _blocks(problem.seqlen_q, block)
+    partial = empty((problem.batch, problem.heads_q, blocks if sinks else 0), call.device)
+    wide, rest = schedule.split(problem.head_dim_v)
+    operands = call.operands
+    prepare.delta[(blocks * problem.heads_q * problem.batch,)](
+        pointer(saved.out),
+        pointer(saved.dout),
+        pointer(saved.dlse) if saved.dlse is not None else None,
+        pointer(saved.stats),
+        delta,
+        partial,
+        pointer(operands.sinks) if operands.sinks is not None else None,
+        pointer(operands.cu_seqlens_q) if problem.packed_q else None,
+        _rows(saved.out),
+        _rows(saved.dout),
+        _lse_steps(problem, steps(saved.dlse)) if saved.dlse is not None else (0, 0, 0),
+        _stats_steps(problem, steps(saved.stats)),
+        _lse_steps(problem, delta.stride()),
+        partial.stride(),
+        problem.heads_q,
+        problem.seqlen_q,
+        call.unit,
+        DLSE=saved.dlse is not None,
+        SINKS=sinks,
+        PACKED=problem.packed_q,
+        DIM=problem.head_dim_v,
+        WIDE=wide,
+        REST=rest,
+        BLOCK=block,
+    )
+    if grads.dsinks is not None:
+        prepare.sum_sinks[(problem.heads_q,)](
+            partial,
+            pointer(grads.dsinks),
+            partial.stride(),
+            steps(grads.dsinks)[0],
+            problem.batch,
+            blocks,
+            BLOCK=64,
+        )
+
+
+def _gradients(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
+    problem, operands = call.problem, call.operands
+    arrays = [pointer(view) for view in (operands.q, operands.k, operands.v, saved.dout, saved.stats)]
+    arrays.append(delta)
+    layout = [_rows(view) for view in (operands.q, operands.k, operands.v, saved.dout)]
+    layout += [_stats_steps(problem, steps(saved.stats)), _lse_steps(problem, delta.stride())]
+    formulas = {"SCORE": call.functions.final_score, "SLOPE": call.functions.slope}
+    lengths = call.shared_arrays()[1:]
+    if problem.seqlen_k:
+        tiles = call.tiles("backward_dkv")
+        call.launch(
+            backward_kernels.backward_dkv,
+            _blocks(problem.seqlen_k, tiles.block_n) * problem.heads_kv * problem.batch,
+            tiles,
+            [*arrays, pointer(grads.dk), pointer(grads.dv)],
+            [*lengths, *layout, _rows(grads.dk), _rows(grads.dv)],
+            formulas,
+        )
+    if problem.seqlen_q:
+        tiles = call.tiles("backward_dq")
+        call.launch(
+            backward_kernels.backward_dq,
+            _blocks(problem.seqlen_q, tiles.block_m) * problem.heads_q * problem.batch,
+            tiles,
+            [*arrays, pointer(grads.dq)],
+            [*lengths, *layout, _rows(grads.dq)],
+            formulas,
+        )
+    if problem.seqlen_q and problem.seqlen_k:
+        for slot, view in enumerate(grads.tables):
+            if view is not None:
+                table_kernels.run(call, slot, view, arrays, layout)
+
+
+class _Call:
+    """What every kernel of one call needs."""
+
+    def __init__(self, problem: Problem, operands: Operands) -> None:
+        self.problem, self.operands = problem, operands
+        self.device: Device = operands.q.device
+        program = problem.program
+        self.functions: Functions = functions(
+            program.score, program.mask, tuple(spec.dtype for spec in problem.tables)
+        )
+        # A product may stay as it is, and the factor go into the exponent, only if the factor keeps the order.
+        self.identity = self.functions.identity and problem.scale > 0
+        self.hides = self.functions.masked or not self.functions.identity
+        self.unit = _LOG2_E * (problem.scale if self.identity else 1.0)
+
+    def launch(
+        self,
+        kernel: Any,
+        programs: int,
+        tiles: schedule.Tiles,
+        arrays: list[Any],
+        layout: list[Any],
+        formulas: dict[str, Any],
+    ) -> None:
+        """A plain launch, and where a mask or a score program may hide keys, a careful one behind it."""
+        odd = empty((programs,), self.device, "int32")
+        constants = formulas | self.constants(tiles)
+        for careful in (False, True)[: 1 + self.hides]:
+            kernel[(programs,)](
+                *arrays,
+                odd,
+                *layout,
+                *self.numbers(),
+                CAREFUL=careful,
+                **constants,
+                num_warps=tiles.warps,
+                num_stages=1 if careful else tiles.stages,
+            )
+
+    def tiles(self, part: schedule.Part) -> schedule.Tiles:
+        problem, size = self.problem, self.operands.q.itemsize
+        return schedule.tiles(part, architecture(self.device), problem.head_dim, problem.head_dim_v, size)
+
+    def shared_arrays(self) -> list[Any]:
+        """sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables."""
+        operands = self.operands
+        views = (operands.sinks, operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k)
+        found: list[Any] = [None if view is None else pointer(view) for view in views]
+        tables = tuple([(pointer(t), steps(t), tuple(t.shape)) for t in operands.tables])
+        return [*found, tables]
+
+    def numbers(self) -> tuple[Any, ...]:
+        """heads, group, seqlen_q, seqlen_k, scale, unit, seed, threshold, keep_scale."""
+        problem, p = self.problem, self.problem.program.dropout_p
+        drop = threshold(p)
+        seed = self.operands.seed
+        return (
+            problem.heads_q,
+            problem.group,
+            problem.seqlen_q,
+            problem.seqlen_k,
+            float(problem.scale),
+            self.unit,
+            seed - (1 << 64) if seed >> 63 else seed,
+            drop,
+            1.0 / (1.0 - p) if drop < 2**32 else 0.0,
+        )
+
+    def constants(self, tiles: schedule.Tiles) -> dict[str, Any]:
+        problem, found = self.problem, self.functions
+        wide, rest = schedule.split(problem.head_dim)
+        wide_v, rest_v = schedule.split(problem.head_dim_v)
+        return {
+            "ALLOWED": found.allowed,
+            "TILE_CLASS": found.tile_class,
+            "IDENTITY": self.identity,
+            "MASK": found.masked,
+            "DROPOUT": problem.program.dropout_p > 0,
+            "PACKED": problem.packed_q,
+            "USED": problem.seqused_k,
+            "PRECISION": self.precision(),
+            "DIM": problem.head_dim,
+            "WIDE": wide,
+            "REST": rest,
+            "DIM_V": problem.head_dim_v,
+            "WIDE_V": wide_v,
+            "REST_V": rest_v,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+        }
+
+    def precision(self) -> str:
+        """How float32 is multiplied: as torch is set to."""
+        if self.problem.dtype != "float32" or self.device.kind == "cpu":
+            return "ieee"
+        import torch
+
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _blocks(extent: int, block: int) -> int:
+    return -(-extent // block)
+
+
+def _rows(view: View) -> tuple[int, ...]:
+    """Steps (batch, token, head, dim); packed arrays have no batch axis."""
+    found = steps(view)
+    return found if len(found) == 4 else (0, *found)
+
+
+def _lse_steps(problem: Problem, found: tuple[int, ...]) -> tuple[int, ...]:
+    return (0, *found) if problem.packed_q else found
+
+
+def _stats_steps(problem: Problem, found: tuple[int, ...]) -> tuple[int, ...]:
+    return (found[0], 0, *found[1:]) if problem.packed_q else found
+
+
+def _fill_rows_of_no_sequence(call: _Call, results: Results) -> None:
+    """Packed rows behind the last sequence have no block that would write them."""
+    problem, cumulative = call.problem, call.operands.cu_seqlens_q
+    assert cumulative is not None
+    prepare.fill_rest[(problem.heads_q,)](
+        pointer(results.out),
+        pointer(results.lse),
+        pointer(results.stats),
+        pointer(cumulative),
+        _rows(results.out),
+        _lse_steps(problem, steps(results.lse)),
+        _stats_steps(problem, steps(results.stats)),
+        problem.batch,
+        problem.total_q,
+        DIM=problem.head_dim_v,
+        WIDTH=max(16, 1 << (problem.head_dim_v - 1).bit_length()),
+        BLOCK=16,
+    )
+
+
+def _zero(view: View) -> None:
+    """Zeros into an array of at most four axes."""
+    missing = 4 - view.ndim
+    shape = (1,) * missing + tuple(view.shape)
+    if view.size:
+        block = 1024
+        prepare.zero[(_blocks(view.size, block),)](
+            pointer(view), (0,) * missing + steps(view), view.size, *shape[1:], BLOCK=block
+        )

@@ -1,0 +1,89 @@
+"""Tile sizes, warps and stages by device and head_dim: tables, no search at run time.
+
+What bounds a choice: a block of rows keeps acc (BLOCK_M x DIM_V words) and a tile of scores (BLOCK_M x BLOCK_N)
+in registers, of which a thread has 255; q and the stages of k and v lie in shared memory: (BLOCK_M * DIM +
+stages * BLOCK_N * (DIM + DIM_V)) * itemsize bytes of the device's limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["forward", "backward_dkv", "backward_dq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One kernel's configuration."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# Bytes of shared memory that one block of threads may have.
+SHARED_BYTES = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx90a": 65_536,
+    "gfx942": 65_536,
+}
+_SMALLEST = 65_536
+# Interpreted tiles are small, so that short sequences have several.
+INTERPRETED = Tiles(32, 32, 4, 1)
+
+# (greatest head_dim, wide pieces together) -> candidates, the preferred first; the first that fits is taken.
+_FORWARD = (
+    (64, (Tiles(128, 128, 8, 3), Tiles(128, 64, 4, 3), Tiles(128, 32, 4, 2), Tiles(64, 32, 4, 1))),
+    (128, (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 1))),
+    (256, (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1))),
+    (1024, (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1))),
+)
+_BACKWARD = (
+    (64, (Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 1), Tiles(32, 32, 4, 1))),
+    (128, (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(32, 64, 4, 1), Tiles(32, 32, 4, 1))),
+    (256, (Tiles(32, 64, 8, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1))),
+    (1024, (Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))),
+)
+
+
+def split(dim: int) -> tuple[int, int]:
+    """The two pieces of a row of `dim` elements: a power of two, and the smallest that covers the rest."""
+    wide = max(16, 1 << (dim.bit_length() - 1))
+    rest = dim - wide
+    return (wide, 0) if rest <= 0 else (wide, max(16, 1 << (rest - 1).bit_length()))
+
+
+def padded(dim: int) -> int:
+    return sum(split(dim))
+
+
+def tiles(part: Part, arch: str, dim: int, dim_v: int, itemsize: int) -> Tiles:
+    """The configuration of a kernel on a device of architecture `arch` ("sm_90", "gfx942", "interpreter")."""
+    if arch == "interpreter":
+        return INTERPRETED
+    table = _FORWARD if part == "forward" else _BACKWARD
+    limit = SHARED_BYTES.get(arch, _SMALLEST)
+    width, width_v = padded(dim), padded(dim_v)
+    candidates = next(found for most, found in table if max(width, width_v) <= most)
+    for candidate in candidates:
+        if shared_bytes(part, candidate, width, width_v, itemsize) <= limit:
+            return candidate
+    return candidates[-1]
+
+
+def shared_bytes(part: Part, tiles: Tiles, dim: int, dim_v: int, itemsize: int) -> int:
+    """An upper estimate: what stays for the whole block, and every stage of what moves past it."""
+    if part == "forward":
+        return itemsize * (tiles.block_m * dim + tiles.stages * tiles.block_n * (dim + dim_v))
+    still, moving = (
+        (tiles.block_n, tiles.block_m) if part == "backward_dkv" else (tiles.block_m, tiles.block_n)
+    )
+    scores = tiles.block_m * tiles.block_n
+    return itemsize * ((still + tiles.stages * moving) * (dim + dim_v) + 2 * scores)

@@ -1,0 +1,289 @@
+"""Gradients of tables: dtable[place] += ds * d program / d load, summed over all pairs that read the element.
+
+A bias reads each element at one batch entry, head, row and key, or at all of those that it does not have. So a
+program owns the elements of one tile of the table, walks everything that the table lacks, and writes once: no
+atomics, no buffer of scores. Where rows are summed over, they are shared out among at most SPLITS programs,
+whose sums are then added in order.
+
+An element of any other table (`table[q - k]`, or an index that is clamped) has no such owner. There every pair
+adds to it by itself, atomically, in no fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from anyflash.core.view import View
+from anyflash.kernels.triton import schedule
+from anyflash.kernels.triton.backward import probabilities
+from anyflash.kernels.triton.device import empty, pointer, steps
+from anyflash.kernels.triton.dropout import kept
+from anyflash.kernels.triton.elementary import whole
+from anyflash.kernels.triton.sequences import class_of, sequence
+from anyflash.kernels.triton.tiles import pieces, scores
+from anyflash.semantics.derivative import table_derivatives
+from anyflash.semantics.expr import Expr
+from anyflash.semantics.text import parse
+
+if TYPE_CHECKING:
+    from anyflash.kernels.triton.launch import _Call
+
+SPLITS = 16
+_AXES = ("batch", "head", "row", "k")
+
+
+@triton.jit
+def tile_of_slopes(
+    q, k, v, dout, stats, delta, tables, q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps,
+    q_start, k_start, first_row, first_k, at, group, numbers,
+    SCORE: tl.constexpr, SLOPE_OF: tl.constexpr, ALLOWED: tl.constexpr, IDENTITY: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N): what each pair adds to the element that it read."""
+    batch, head, q_len, k_len = at
+    entry, wide_head, kv_head = whole(batch), whole(head), whole(head // group)
+    q += entry * q_steps[0] + q_start * q_steps[1] + wide_head * q_steps[2]
+    k += entry * k_steps[0] + k_start * k_steps[1] + kv_head * k_steps[2]
+    v += entry * v_steps[0] + k_start * v_steps[1] + kv_head * v_steps[2]
+    dout += entry * dout_steps[0] + q_start * dout_steps[1] + wide_head * dout_steps[2]
+    stats += entry * stats_steps[1] + wide_head * stats_steps[2] + q_start * stats_steps[3]
+    delta += entry * delta_steps[0] + wide_head * delta_steps[1] + q_start * delta_steps[2]
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row = rows[:, None]
+    key = (first_k + tl.arange(0, BLOCK_N))[None, :]
+    there = rows < q_len
+    place = rows.to(tl.int64) * stats_steps[3]
+    m = tl.load(stats + place, mask=there, other=0.0)[:, None]
+    log_sum = tl.load(stats + stats_steps[0] + place, mask=there, other=0.0)[:, None]
+    taken = tl.load(delta + rows.to(tl.int64) * delta_steps[2], mask=there, other=0.0)[:, None]
+    q_wide, q_rest = pieces(q, first_row, q_len, q_steps[1], q_steps[3], True, DIM, WIDE, REST, BLOCK_M)
+    k_wide, k_rest = pieces(k, first_k, k_len, k_steps[1], k_steps[3], True, DIM, WIDE, REST, BLOCK_N)
+    d_wide, d_rest = pieces(
+        dout, first_row, q_len, dout_steps[1], dout_steps[3], True, DIM_V, WIDE_V, REST_V, BLOCK_M
+    )
+    v_wide, v_rest = pieces(v, first_k, k_len, v_steps[1], v_steps[3], True, DIM_V, WIDE_V, REST_V, BLOCK_N)
+    s = scores(q_wide, q_rest, k_wide, k_rest, REST, PRECISION)
+    seen = (row < q_len) & (key < k_len)
+    p, slope, seen = probabilities(
+        s, m, log_sum, seen, row, key, at, tables, numbers, SCORE, SLOPE_OF, ALLOWED, IDENTITY, True
+    )
+    dp = scores(d_wide, d_rest, v_wide, v_rest, REST_V, PRECISION)
+    if DROPOUT:
+        stays = kept(numbers[2], batch, head, rows, first_k, numbers[3], BLOCK_M, BLOCK_N)
+        dp = tl.where(stays, dp * numbers[4], 0.0)
+    return tl.where(seen, p * (dp - taken) * slope, 0.0)
+
+
+@triton.jit
+def owned(
+    q, k, v, dout, stats, delta, grad, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
+    q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, grad_steps, split_step,
+    batch, row_blocks, k_blocks, splits, blocks_a_split,
+    heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    SCORE: tl.constexpr, SLOPE_OF: tl.constexpr, PLACE_OF: tl.constexpr, ALLOWED: tl.constexpr,
+    TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PACKED: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
+    BY_BATCH: tl.constexpr, BY_HEAD: tl.constexpr, BY_ROW: tl.constexpr, BY_K: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program for each element block: (batch), (head), (block of rows, or a share of them), (block of keys),
+    each only if the table has the axis. `grad` is added to, at `split_step` times the share."""
+    own = tl.program_id(0)
+    first_block, end_block = own * 0, row_blocks + own * 0
+    share = own * 0
+    if BY_ROW:
+        first_block = own % row_blocks
+        end_block = first_block + 1
+        own = own // row_blocks
+    else:
+        share = own % splits
+        first_block = share * blocks_a_split
+        end_block = tl.minimum(first_block + blocks_a_split, row_blocks)
+        own = own // splits
+    first_tile, end_tile = own * 0, k_blocks + own * 0
+    if BY_K:
+        first_tile = own % k_blocks
+        end_tile = first_tile + 1
+        own = own // k_blocks
+    first_head, end_head = own * 0, heads + own * 0
+    if BY_HEAD:
+        first_head = own % heads
+        end_head = first_head + 1
+        own = own // heads
+    first_entry, end_entry = own * 0, batch + own * 0
+    if BY_BATCH:
+        first_entry = own
+        end_entry = own + 1
+    numbers = (scale, unit, seed, threshold, keep_scale)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for entry in range(first_entry, end_entry):
+        q_start, q_len, k_start, k_len = sequence(
+            entry, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
+        )
+        for head in range(first_head, end_head):
+            at = (entry, head, q_len, k_len)
+            for block in range(first_block, end_block):
+                for tile in range(first_tile, end_tile):
+                    first_row, first_k = block * BLOCK_M, tile * BLOCK_N
+                    if class_of(first_row, first_k, at, tables, TILE_CLASS, MASK, BLOCK_M, BLOCK_N) > 0:
+                        total += tile_of_slopes(
+                            q, k, v, dout, stats, delta, tables, q_steps, k_steps, v_steps, dout_steps,
+                            stats_steps, delta_steps, q_start, k_start, first_row, first_k, at, group, numbers,
+                            SCORE, SLOPE_OF, ALLOWED, IDENTITY, DROPOUT, PRECISION,
+                            DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
+                        )  # fmt: skip
+    row = (first_block * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    key = (first_tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    there = (row < seqlen_q) & (key < seqlen_k)
+    if not BY_ROW:
+        total = tl.sum(total, 0, keep_dims=True)
+        row = row * 0 + 0
+        there = key < seqlen_k
+    if not BY_K:
+        total = tl.sum(total, 1, keep_dims=True)
+        there = row < seqlen_q
+    if not BY_ROW:
+        row = tl.zeros([1, 1], tl.int32)
+        if not BY_K:
+            there = row < 1
+    if not BY_K:
+        key = tl.zeros([1, 1], tl.int32)
+    place = PLACE_OF(first_entry, first_head, row, row, key, seqlen_q, seqlen_k, tables, grad_steps)
+    target = grad + whole(share) * split_step + place + tl.zeros([1, 1], tl.int64)
+    tl.store(target, tl.load(target, mask=there, other=0.0) + total, mask=there)
+
+
+@triton.jit
+def shared(
+    q, k, v, dout, stats, delta, grad, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
+    q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, grad_steps,
+    row_blocks, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    SCORE: tl.constexpr, SLOPE_OF: tl.constexpr, PLACE_OF: tl.constexpr, ALLOWED: tl.constexpr,
+    TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    PACKED: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program for each block of rows, head and batch entry; every pair adds atomically."""
+    place = tl.program_id(0)
+    block, head, entry = place % row_blocks, place // row_blocks % heads, place // (row_blocks * heads)
+    q_start, q_len, k_start, k_len = sequence(
+        entry, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
+    )
+    numbers = (scale, unit, seed, threshold, keep_scale)
+    at = (entry, head, q_len, k_len)
+    first_row = block * BLOCK_M
+    for tile in range(0, tl.cdiv(k_len, BLOCK_N)):
+        first_k = tile * BLOCK_N
+        if class_of(first_row, first_k, at, tables, TILE_CLASS, MASK, BLOCK_M, BLOCK_N) > 0:
+            found = tile_of_slopes(
+                q, k, v, dout, stats, delta, tables, q_steps, k_steps, v_steps, dout_steps,
+                stats_steps, delta_steps, q_start, k_start, first_row, first_k, at, group, numbers,
+                SCORE, SLOPE_OF, ALLOWED, IDENTITY, DROPOUT, PRECISION,
+                DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            row = (first_row + tl.arange(0, BLOCK_M))[:, None]
+            key = (first_k + tl.arange(0, BLOCK_N))[None, :]
+            where = PLACE_OF(entry, head, row, row + (k_len - q_len), key, q_len, k_len, tables, grad_steps)
+            where = where + tl.zeros([BLOCK_M, BLOCK_N], tl.int64)
+            tl.atomic_add(grad + where, found, mask=(row < q_len) & (key < k_len))
+
+
+@triton.jit
+def add_splits(
+    partial, grad, partial_steps, grad_steps, splits, size, second, third, fourth, BLOCK: tl.constexpr
+):
+    """The shares of every element, in order; an array of four axes, of which the last three extents are given."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for share in range(0, splits):
+        total += tl.load(partial + share * partial_steps[0] + at, mask=at < size, other=0.0)
+    place = at % fourth * grad_steps[3] + at // fourth % third * grad_steps[2]
+    place += at // fourth // third % second * grad_steps[1] + at // fourth // third // second * grad_steps[0]
+    tl.store(grad + place, total, mask=at < size)
+
+
+def run(call: _Call, slot: int, grad: View, arrays: list[Any], layout: list[Any]) -> None:
+    """Write the gradient of table `slot`; it holds zeros."""
+    problem = call.problem
+    tiles = call.tiles("backward_dq")
+    row_blocks = -(-problem.seqlen_q // tiles.block_m)
+    k_blocks = -(-problem.seqlen_k // tiles.block_n)
+    loads = table_derivatives(parse(problem.program.score or "score"), slot)
+    splits = min(SPLITS, row_blocks)
+    partial: Any = None
+    for (_, indices), (slope_of, place_of) in zip(loads, call.functions.loads[slot], strict=True):
+        axes = _axes(call, slot, indices)
+        constants = call.constants(tiles) | {
+            "SCORE": call.functions.final_score,
+            "SLOPE_OF": slope_of,
+            "PLACE_OF": place_of,
+            "num_warps": tiles.warps,
+            "num_stages": 1,
+        }
+        if axes is None:
+            shared[(row_blocks * problem.heads_q * problem.batch,)](
+                *arrays, pointer(grad), *call.shared_arrays()[1:], *layout, steps(grad), row_blocks,
+                *call.numbers(), **constants,
+            )  # fmt: skip
+            continue
+        by = dict(
+            zip(("BY_BATCH", "BY_HEAD", "BY_ROW", "BY_K"), (axis in axes for axis in _AXES), strict=True)
+        )
+        shares = 1 if by["BY_ROW"] else splits
+        target, target_steps, split_step = pointer(grad), steps(grad), 0
+        if shares > 1:
+            if partial is None:
+                partial = empty((shares, *grad.shape), call.device).zero_()
+            target, target_steps, split_step = partial, partial.stride()[1:], partial.stride(0)
+        extents = {"batch": problem.batch, "head": problem.heads_q, "row": row_blocks, "k": k_blocks}
+        grid = shares
+        for axis in axes:
+            grid *= extents[axis]
+        owned[(grid,)](
+            *arrays, target, *call.shared_arrays()[1:], *layout, target_steps, split_step,
+            problem.batch, row_blocks, k_blocks, shares, -(-row_blocks // shares), *call.numbers(), **by,
+            **constants,
+        )  # fmt: skip
+    if partial is not None:
+        _add(partial, grad, splits)
+
+
+def _add(partial: Any, grad: View, splits: int) -> None:
+    missing = 4 - grad.ndim
+    shape = (1,) * missing + tuple(grad.shape)
+    block = 256
+    add_splits[(-(-grad.size // block),)](
+        partial, pointer(grad), partial.stride(), (0,) * missing + steps(grad), splits, grad.size, *shape[1:],
+        BLOCK=block,
+    )  # fmt: skip
+
+
+def _axes(call: _Call, slot: int, indices: tuple[Expr, ...]) -> set[str] | None:
+    """The variables that index the table, if each element then has one owner; None if not."""
+    problem = call.problem
+    extents = {
+        "batch": problem.batch,
+        "head": problem.heads_q,
+        "row": problem.seqlen_q,
+        "k": problem.seqlen_k,
+    }
+    found: set[str] = set()
+    for index, extent in zip(indices, problem.tables[slot].shape, strict=True):
+        if index.op == "const":
+            continue
+        if index.op != "var" or index.value not in extents or index.value in found:
+            return None
+        if extents[index.value] > extent:
+            return None
+        found.add(index.value)
+    return found
