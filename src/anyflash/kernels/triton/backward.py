@@ -169,7 +169,7 @@ def over_rows(
 def backward_dkv(
     q, k, v, dout, stats, delta, dk, dv, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, dk_steps, dv_steps,
-    heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
     SCORE: tl.constexpr, SLOPE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr,
     IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, USED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
@@ -178,7 +178,7 @@ def backward_dkv(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of keys, key head and batch entry. `odd` as in the forward."""
-    block, kv_head, batch = which(tl.cdiv(seqlen_k, BLOCK_N), heads // group)
+    block, kv_head, batch = which(blocks, heads // group, entries, cu_seqlens_k, PACKED, BLOCK_N)
     first_k = block * BLOCK_N
     q_start, q_len, k_start, k_len = sequence(
         batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
@@ -306,7 +306,7 @@ def over_keys(
 def backward_dq(
     q, k, v, dout, stats, delta, dq, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, dq_steps,
-    heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
     SCORE: tl.constexpr, SLOPE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr,
     IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, USED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
@@ -315,9 +315,10 @@ def backward_dq(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of rows, head and batch entry. `odd` as in the forward."""
-    blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    block, head, batch = which(blocks, heads)
-    first_row = (blocks - 1 - block) * BLOCK_M
+    block, head, batch = which(blocks, heads, entries, cu_seqlens_q, PACKED, BLOCK_M)
+    if not PACKED:
+        block = blocks - 1 - block
+    first_row = block * BLOCK_M
     q_start, q_len, k_start, k_len = sequence(
         batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
     )

@@ -132,7 +132,7 @@ def over_keys(
 def forward(
     q, k, v, out, lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     q_steps, k_steps, v_steps, out_steps, lse_steps, stats_steps,
-    heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr,
     IDENTITY: tl.constexpr, MASK: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, USED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
@@ -147,9 +147,10 @@ def forward(
     row). `threshold` and `keep_scale` are dropout's.
     """
     # Under a causal mask the last rows see most: they go first.
-    blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    block, head, batch = which(blocks, heads)
-    first_row = (blocks - 1 - block) * BLOCK_M
+    block, head, batch = which(blocks, heads, entries, cu_seqlens_q, PACKED, BLOCK_M)
+    if not PACKED:
+        block = blocks - 1 - block
+    first_row = block * BLOCK_M
     wanted = True
     if CAREFUL:
         wanted = tl.load(odd + tl.program_id(0)) != 0

@@ -2,7 +2,8 @@
 
 As shipped (3.6 to 3.9) it multiplies the 16 bits of a bfloat16 as if they were an integer, cuts a float32 off
 where it should round it, and in 3.6 cannot loop up to a bound that is a one-element array under numpy 2.4. Here
-products are taken in float32, casts round to even, bounds are numbers. Every other operation on a bfloat16 is
+products are summed in float64, so that a product and its transpose agree as they do on a tensor core, casts
+round to even, bounds are numbers. Every other operation on a bfloat16 is
 refused, since it would be wrong in silence: kernels hold to that.
 """
 
@@ -31,14 +32,10 @@ def mend() -> None:
     def is_bfloat16(operand: Any) -> bool:
         return bool(operand.dtype.scalar == tl.bfloat16)
 
-    def numbers(operand: Any) -> np.ndarray:
-        if is_bfloat16(operand):
-            return widened(operand.data)
-        return operand.data.astype(np.float32) if operand.data.dtype == np.float16 else operand.data
-
     def create_dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, imprecise: Any) -> Any:
+        x, y = (widened(t.data) if is_bfloat16(t) else t.data for t in (a, b))
         with np.errstate(all="ignore"):
-            found = np.matmul(numbers(a), numbers(b)) + acc.data
+            found = np.matmul(x.astype(np.float64), y.astype(np.float64)).astype(acc.data.dtype) + acc.data
         return handle(found.astype(acc.data.dtype), acc.dtype.scalar)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:

@@ -34,7 +34,8 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
         tiles = call.tiles("forward")
         call.launch(
             forward_kernels.forward,
-            _blocks(problem.seqlen_q, tiles.block_m) * problem.heads_q * problem.batch,
+            call.row_blocks(tiles.block_m),
+            problem.heads_q,
             tiles,
             [pointer(view) for view in (operands.q, operands.k, operands.v)]
             + [pointer(view) for view in (results.out, results.lse, results.stats)],
@@ -71,11 +72,11 @@ def backward(problem: Problem, operands: Operands, saved: Saved, grads: Gradient
 def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
     problem, block = call.problem, 32
     sinks = grads.dsinks is not None
-    blocks = _blocks(problem.seqlen_q, block)
-    partial = empty((problem.batch, problem.heads_q, blocks if sinks else 0), call.device)
+    blocks, entries = call.row_blocks(block)
+    partial = empty((blocks * problem.heads_q * entries if sinks else 0,), call.device)
     wide, rest = schedule.split(problem.head_dim_v)
     operands = call.operands
-    prepare.delta[(blocks * problem.heads_q * problem.batch,)](
+    prepare.delta[(blocks * problem.heads_q * entries,)](
         pointer(saved.out),
         pointer(saved.dout),
         pointer(saved.dlse) if saved.dlse is not None else None,
@@ -89,7 +90,8 @@ def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
         _lse_steps(problem, steps(saved.dlse)) if saved.dlse is not None else (0, 0, 0),
         _stats_steps(problem, steps(saved.stats)),
         _lse_steps(problem, delta.stride()),
-        partial.stride(),
+        blocks,
+        problem.batch,
         problem.heads_q,
         problem.seqlen_q,
         call.unit,
@@ -105,10 +107,9 @@ def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
         prepare.sum_sinks[(problem.heads_q,)](
             partial,
             pointer(grads.dsinks),
-            partial.stride(),
             steps(grads.dsinks)[0],
-            problem.batch,
             blocks,
+            entries,
             BLOCK=64,
         )
 
@@ -125,7 +126,8 @@ def _gradients(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
         tiles = call.tiles("backward_dkv")
         call.launch(
             backward_kernels.backward_dkv,
-            _blocks(problem.seqlen_k, tiles.block_n) * problem.heads_kv * problem.batch,
+            call.key_blocks(tiles.block_n),
+            problem.heads_kv,
             tiles,
             [*arrays, pointer(grads.dk), pointer(grads.dv)],
             [*lengths, *layout, _rows(grads.dk), _rows(grads.dv)],
@@ -135,7 +137,8 @@ def _gradients(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
         tiles = call.tiles("backward_dq")
         call.launch(
             backward_kernels.backward_dq,
-            _blocks(problem.seqlen_q, tiles.block_m) * problem.heads_q * problem.batch,
+            call.row_blocks(tiles.block_m),
+            problem.heads_q,
             tiles,
             [*arrays, pointer(grads.dq)],
             [*lengths, *layout, _rows(grads.dq)],
@@ -165,13 +168,16 @@ class _Call:
     def launch(
         self,
         kernel: Any,
-        programs: int,
+        grid: tuple[int, int],
+        heads: int,
         tiles: schedule.Tiles,
         arrays: list[Any],
         layout: list[Any],
         formulas: dict[str, Any],
     ) -> None:
         """A plain launch, and where a mask or a score program may hide keys, a careful one behind it."""
+        blocks, entries = grid
+        programs = blocks * heads * entries
         odd = empty((programs,), self.device, "int32")
         constants = formulas | self.constants(tiles)
         for careful in (False, True)[: 1 + self.hides]:
@@ -179,12 +185,27 @@ class _Call:
                 *arrays,
                 odd,
                 *layout,
+                blocks,
+                self.problem.batch,
                 *self.numbers(),
                 CAREFUL=careful,
                 **constants,
                 num_warps=tiles.warps,
                 num_stages=1 if careful else tiles.stages,
             )
+
+    def row_blocks(self, block: int) -> tuple[int, int]:
+        """Blocks of rows that a head has, and batch entries of a grid. Packed, the first is of all sequences."""
+        problem = self.problem
+        if problem.packed_q:
+            return problem.total_q // block + problem.batch, 1
+        return _blocks(problem.seqlen_q, block), problem.batch
+
+    def key_blocks(self, block: int) -> tuple[int, int]:
+        problem = self.problem
+        if problem.packed_q:
+            return problem.total_k // block + problem.batch, 1
+        return _blocks(problem.seqlen_k, block), problem.batch
 
     def tiles(self, part: schedule.Part) -> schedule.Tiles:
         problem, size = self.problem, self.operands.q.itemsize

@@ -21,13 +21,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def delta(
     out, dout, dlse, stats, written, partial, sinks, cu_seqlens_q,
-    out_steps, dout_steps, dlse_steps, stats_steps, written_steps, partial_steps, heads, seqlen_q, unit,
+    out_steps, dout_steps, dlse_steps, stats_steps, written_steps, blocks, entries, heads,
+    seqlen_q, unit,
     DLSE: tl.constexpr, SINKS: tl.constexpr, PACKED: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each block of rows, head and batch entry. `written` gets delta, `partial` the block's
-    share of dsink."""
-    block, head, batch = which(tl.cdiv(seqlen_q, BLOCK), heads)
+    """One program for each block of rows, head and batch entry. `written` gets delta, `partial` the
+    program's share of dsink."""
+    block, head, batch = which(blocks, heads, entries, cu_seqlens_q, PACKED, BLOCK)
     first_row = block * BLOCK
     q_start, q_len = tl.full([], 0, tl.int64), seqlen_q
     if PACKED:
@@ -60,17 +61,16 @@ def delta(
         # A row without sink and keys has m = -inf.
         p_sink = tl.where(m == float("-inf"), 0.0, tl.exp2((logit - m) * unit - log_sum))
         share = tl.sum(tl.where(there & (p_sink != 0.0), -p_sink * found, 0.0), 0)
-        place = entry * partial_steps[0] + wide_head * partial_steps[1] + block
-        tl.store(partial + place, share)
+        tl.store(partial + tl.program_id(0), share)
 
 
 @triton.jit
-def sum_sinks(partial, dsinks, partial_steps, dsinks_step, batch, blocks, BLOCK: tl.constexpr):
-    """Grid: (heads,). The shares of all batch entries and blocks."""
+def sum_sinks(partial, dsinks, dsinks_step, blocks, entries, BLOCK: tl.constexpr):
+    """One program for each head: the shares of all blocks and batch entries."""
     head = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
-    for entry in range(0, batch):
-        row = partial + tl.full([], 0, tl.int64) + entry * partial_steps[0] + head * partial_steps[1]
+    for entry in range(0, entries):
+        row = partial + (whole(entry) * tl.num_programs(0) + head) * blocks
         for first in range(0, blocks, BLOCK):
             at = first + tl.arange(0, BLOCK)
             total += tl.load(row + at, mask=at < blocks, other=0.0)

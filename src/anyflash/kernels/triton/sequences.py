@@ -26,10 +26,27 @@ def sequence(batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k,
 
 
 @triton.jit
-def which(blocks, heads):
-    """This program's block, head and batch entry, of a grid with one axis: the others hold 65535 at most."""
+def which(blocks, heads, batch, cu_seqlens, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's block, head and batch entry, of a grid with one axis: the others hold 65535 at most.
+
+    Packed, nobody has read how long the sequences are. Sequence s is given the blocks from cu_seqlens[s] // BLOCK
+    + s on, which are enough, and `blocks` counts those of all; the sequence of a block is found by halving. A
+    block past the end of its sequence has nothing to do.
+    """
     place = tl.program_id(0)
-    return place % blocks, place // blocks % heads, place // (blocks * heads)
+    block = place % blocks
+    head = place // blocks % heads
+    entry = place // (blocks * heads)
+    if PACKED:
+        low, high = entry * 0, batch + entry * 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            first = tl.load(cu_seqlens + middle).to(tl.int32) // BLOCK + middle
+            low = tl.where(first <= block, middle, low)
+            high = tl.where(first <= block, high, middle)
+        block -= tl.load(cu_seqlens + low).to(tl.int32) // BLOCK + low
+        entry = low
+    return block, head, entry
 
 
 @triton.jit

@@ -130,8 +130,8 @@ def owned(
         )
         for head in range(first_head, end_head):
             at = (entry, head, q_len, k_len)
-            for block in range(first_block, end_block):
-                for tile in range(first_tile, end_tile):
+            for block in range(first_block, tl.minimum(end_block, tl.cdiv(q_len, BLOCK_M))):
+                for tile in range(first_tile, tl.minimum(end_tile, tl.cdiv(k_len, BLOCK_N))):
                     first_row, first_k = block * BLOCK_M, tile * BLOCK_N
                     if class_of(first_row, first_k, at, tables, TILE_CLASS, MASK, BLOCK_M, BLOCK_N) > 0:
                         total += tile_of_slopes(
