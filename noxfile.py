@@ -22,10 +22,11 @@ nox.options.error_on_missing_interpreters = True
 
 @dataclass(frozen=True)
 class Overlay:
-    """packages: installed with --no-deps; tests: what is run."""
+    """packages: installed with --no-deps; tests: what is run, and what by Triton's interpreter."""
 
     packages: tuple[str, ...]
     tests: tuple[str, ...]
+    interpreted: tuple[str, ...] = ()
 
 
 # Composer and llm-foundry pin an older torch, and want two dozen packages that nothing here calls.
@@ -43,7 +44,11 @@ _MOSAIC = (
 )
 _MOSAIC_TESTS = ("tests/adapters/test_composer.py", "tests/adapters/test_llm_foundry.py")
 
+_COMPILED, _INTERPRETED = ("tests/gpu/test_compiled.py",), ("tests/gpu/test_interpreted.py",)
+
 OVERLAYS = {
+    "triton39": Overlay(("triton==3.9.0",), _COMPILED, _INTERPRETED),
+    "triton36": Overlay(("triton==3.6.0",), _COMPILED, _INTERPRETED),
     "mosaic": Overlay(_MOSAIC, _MOSAIC_TESTS),
     "transformers4": Overlay(
         ("transformers==4.51.3", "tokenizers==0.21.4", "huggingface_hub==0.36.0", *_MOSAIC),
@@ -62,4 +67,8 @@ def systems(session: nox.Session, name: str) -> None:
     # Behind its own packages come those of the environment that nox runs in, with their .pth files.
     (site / "project.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
     session.install("--quiet", "--no-deps", *overlay.packages)
-    session.run("python", "-m", "pytest", "-m", "not gpu", *(session.posargs or overlay.tests))
+    pytest = ("python", "-m", "pytest", "-m", "not gpu")
+    session.run(*pytest, *(session.posargs or overlay.tests))
+    if overlay.interpreted and not session.posargs:
+        # Kernels are interpreted or compiled, as they are imported: never both in one process.
+        session.run(*pytest, *overlay.interpreted, env={"TRITON_INTERPRET": "1"})

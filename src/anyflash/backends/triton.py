@@ -1,4 +1,5 @@
-"""The portable GPU backend: Triton, on NVIDIA and AMD. Under TRITON_INTERPRET=1 it runs on the CPU, slowly."""
+"""The portable GPU backend: Triton, on NVIDIA and AMD. Under TRITON_INTERPRET=1 it runs on the CPU,
+slowly."""
 
 from __future__ import annotations
 

@@ -14,6 +14,6 @@
     interpreter.py   what makes Triton's interpreter right for bfloat16
 
 Every kernel states its math, its tiles and its registers. Rules for all: no atomics on floats in a
-deterministic kernel, no block pointers, no autotuning, bfloat16 only in load, store, trans, where and dot (the
-interpreter computes nothing else in it), addresses in 64 bits.
+deterministic kernel, no block pointers, no autotuning, bfloat16 only in load, store, trans, where and dot
+(the interpreter computes nothing else in it), addresses in 64 bits.
 """

@@ -6,13 +6,14 @@
     ds  = p (dp - delta) slope                 slope = d program / d score, 1 without a program
     dk  = scale sum_rows ds q,   dq = scale sum_k ds k
 
-The first pass owns a block of keys of one key head and walks the rows of every query head that shares it, so a
-group is summed in the kernel, in one order. There scores are kept transposed, (keys, rows): p and ds are then
-left factors of their products as they are. The second pass is the forward's walk. Nothing is added by atomics.
+The first pass owns a block of keys of one key head and walks the rows of every query head that shares it,
+so a group is summed in the kernel, in one order. There scores are kept transposed, (keys, rows): p and ds
+are then left factors of their products as they are. The second pass is the forward's walk. Nothing is added
+by atomics.
 
-Registers, in words a thread: two sums of BLOCK_N * DIM / threads in the first pass, one of BLOCK_M * DIM in the
-second, and two tiles of BLOCK_M * BLOCK_N in both. What a configuration may change: BLOCK_M, BLOCK_N (multiples
-of 16), warps, stages; a sum's order follows BLOCK_M in the first pass and BLOCK_N in the second.
+Registers, in words a thread: two sums of BLOCK_N * DIM / threads in the first pass, one of BLOCK_M * DIM in
+the second, and two tiles of BLOCK_M * BLOCK_N in both. What a configuration may change: BLOCK_M, BLOCK_N
+(multiples of 16), warps, stages; a sum's order follows BLOCK_M in the first pass and BLOCK_N in the second.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def change(p, dp, delta, slope, seen):
 
 @triton.jit
 def rows_of_block(
-    sums, keys, first_tile, end_tile, q, dout, stats, delta, q_steps, dout_steps, row_steps, tables, first_k, at,
+    sums, keys, first_tile, end_tile, q, dout, stats, delta, q_steps, dout_steps, row_steps, tables,
+    first_k, at,
     numbers,
     SCORE: tl.constexpr, SLOPE: tl.constexpr, ALLOWED: tl.constexpr, IDENTITY: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
@@ -114,7 +116,8 @@ def rows_of_block(
 
 @triton.jit
 def over_rows(
-    keys, q, dout, stats, delta, q_steps, dout_steps, stats_steps, delta_steps, tables, first_k, batch, kv_head,
+    keys, q, dout, stats, delta, q_steps, dout_steps, stats_steps, delta_steps, tables, first_k, batch,
+    kv_head,
     group, q_start, q_len, k_len, numbers,
     SCORE: tl.constexpr, SLOPE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr,
     IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, CAREFUL: tl.constexpr,
@@ -132,7 +135,7 @@ def over_rows(
         dv_rest = tl.zeros([BLOCK_N, REST_V], tl.float32)
     tiles = tl.cdiv(q_len, BLOCK_M)
     entry = whole(batch)
-    for member in range(0, group):
+    for member in range(group):
         head = kv_head * group + member
         wide_head = whole(head)
         at = (batch, head, q_len, k_len)
@@ -169,7 +172,8 @@ def over_rows(
 def backward_dkv(
     q, k, v, dout, stats, delta, dk, dv, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, dk_steps, dv_steps,
-    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64,
+    keep_scale,
     SCORE: tl.constexpr, SLOPE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr,
     IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, USED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
@@ -204,7 +208,8 @@ def backward_dkv(
         )
         keys = (k_wide, k_rest, v_wide, v_rest)
         dk_wide, dk_rest, dv_wide, dv_rest = over_rows(
-            keys, q, dout, stats, delta, q_steps, dout_steps, stats_steps, delta_steps, tables, first_k, batch,
+            keys, q, dout, stats, delta, q_steps, dout_steps, stats_steps, delta_steps, tables, first_k,
+            batch,
             kv_head, group, q_start, q_len, k_len, numbers,
             SCORE, SLOPE, ALLOWED, TILE_CLASS, IDENTITY, MASK, DROPOUT, CAREFUL, PRECISION,
             DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
@@ -287,7 +292,8 @@ def over_keys(
             kind = tl.minimum(kind, 1)
         if kind == 1:
             dq_wide, dq_rest = keys_of_block(
-                (dq_wide, dq_rest), queries, tile, end, k, v, k_steps, v_steps, tables, first_row, at, numbers,
+                (dq_wide, dq_rest), queries, tile, end, k, v, k_steps, v_steps, tables, first_row, at,
+                numbers,
                 SCORE, SLOPE, ALLOWED, IDENTITY, True, DROPOUT, CAREFUL, PRECISION,
                 DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -306,7 +312,8 @@ def over_keys(
 def backward_dq(
     q, k, v, dout, stats, delta, dq, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, dq_steps,
-    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64,
+    keep_scale,
     SCORE: tl.constexpr, SLOPE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr,
     IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, USED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,

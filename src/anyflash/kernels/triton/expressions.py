@@ -1,8 +1,8 @@
 """Score and mask expressions as Triton source.
 
-Each distinct node becomes one assignment, so that common parts are computed once. Names of variables are those
-of `semantics.expr`; a node's shape follows by broadcasting from what it reads: a load indexed by `k` alone is
-one row of a tile, not the tile. Integers are 32 bit, floats float32.
+Each distinct node becomes one assignment, so that common parts are computed once. Names of variables are
+those of `semantics.expr`; a node's shape follows by broadcasting from what it reads: a load indexed by `k`
+alone is one row of a tile, not the tile. Integers are 32 bit, floats float32.
 """
 
 from __future__ import annotations

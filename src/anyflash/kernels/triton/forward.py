@@ -1,20 +1,21 @@
 """The forward: out, lse and stats of one block of rows of one head.
 
-    s   = program(scale q . k)         only `scale` without a score program: then s stays q . k and `unit` has it
-    m   = max_k s                      in the unit of s
-    p   = exp2((s - m) unit)           unit = log2 e, or scale log2 e
+    s   = program(scale q . k)      without a program s stays q . k, and `unit` has the scale
+    m   = max_k s                   in the unit of s
+    p   = exp2((s - m) unit)        unit = log2 e, or scale log2 e
     l   = sum_k p,  acc = sum_k dropout(p) v
     out = acc / l,  lse = m unit ln 2 + ln l,  stats = (m, log2 l)
 
-m is subtracted before the factor, not folded into it: where scores are huge, a rounded product would not cancel.
+m is subtracted before the factor, not folded into it: where scores are huge, a rounded product would not
+cancel.
 
-Keys are walked in runs of tiles of one class. A run of full tiles has no mask and no edge; one of partial tiles
-has both; empty tiles are skipped by their class alone, a few scalar operations. A sink starts as a key that has
-been seen: m is its logit, l is 1.
+Keys are walked in runs of tiles of one class. A run of full tiles has no mask and no edge; one of partial
+tiles has both; empty tiles are skipped by their class alone, a few scalar operations. A sink starts as a
+key that has been seen: m is its logit, l is 1.
 
-Registers, in words a thread: acc BLOCK_M * DIM_V / threads, s and p BLOCK_M * BLOCK_N / threads, q from shared
-memory. What a configuration may change: BLOCK_M, BLOCK_N (multiples of 16), warps, stages. A result does not
-depend on BLOCK_M, warps or stages.
+Registers, in words a thread: acc BLOCK_M * DIM_V / threads, s and p BLOCK_M * BLOCK_N / threads, q from
+shared memory. What a configuration may change: BLOCK_M, BLOCK_N (multiples of 16), warps, stages. A result
+does not depend on BLOCK_M, warps or stages.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def over_keys(
 def forward(
     q, k, v, out, lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     q_steps, k_steps, v_steps, out_steps, lse_steps, stats_steps,
-    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    blocks, entries, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64,
+    keep_scale,
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr,
     IDENTITY: tl.constexpr, MASK: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, USED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
@@ -142,9 +144,9 @@ def forward(
 ):  # fmt: skip
     """One program for each block of rows, head and batch entry.
 
-    `odd` has a number for each program: whether its sums came out infinite or NaN. A CAREFUL launch, after a
-    plain one, does those again. Steps are in elements: (batch, token, head, dim), of lse (batch, head, row), of stats (plane, batch, head,
-    row). `threshold` and `keep_scale` are dropout's.
+    `odd` has a number for each program: whether its sums came out infinite or NaN. A CAREFUL launch, after
+    a plain one, does those again. Steps are in elements: (batch, token, head, dim), of lse (batch, head,
+    row), of stats (plane, batch, head, row). `threshold` and `keep_scale` are dropout's.
     """
     # Under a causal mask the last rows see most: they go first.
     block, head, batch = which(blocks, heads, entries, cu_seqlens_q, PACKED, BLOCK_M)

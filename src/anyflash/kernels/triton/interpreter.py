@@ -1,10 +1,10 @@
 """What makes Triton's interpreter compute what a GPU would: for tests, never for work.
 
-As shipped (3.6 to 3.9) it multiplies the 16 bits of a bfloat16 as if they were an integer, cuts a float32 off
-where it should round it, and in 3.6 cannot loop up to a bound that is a one-element array under numpy 2.4. Here
-products are summed in float64, so that a product and its transpose agree as they do on a tensor core, casts
-round to even, bounds are numbers. Every other operation on a bfloat16 is
-refused, since it would be wrong in silence: kernels hold to that.
+As shipped (3.6 to 3.9) it multiplies the 16 bits of a bfloat16 as if they were an integer, cuts a float32
+off where it should round it, and in 3.6 cannot loop up to a bound that is a one-element array under numpy
+2.4. Here products are summed in float64, so that a product and its transpose agree as they do on a tensor
+core, casts round to even, bounds are numbers. Every other operation on a bfloat16 is refused, since it
+would be wrong in silence: kernels hold to that.
 """
 
 from __future__ import annotations

@@ -160,7 +160,8 @@ class _Call:
         self.functions: Functions = functions(
             program.score, program.mask, tuple(spec.dtype for spec in problem.tables)
         )
-        # A product may stay as it is, and the factor go into the exponent, only if the factor keeps the order.
+        # A product may stay as it is, and the factor go into the exponent, only if the factor keeps the
+        # order.
         self.identity = self.functions.identity and problem.scale > 0
         self.hides = self.functions.masked or not self.functions.identity
         self.unit = _LOG2_E * (problem.scale if self.identity else 1.0)
@@ -195,7 +196,8 @@ class _Call:
             )
 
     def row_blocks(self, block: int) -> tuple[int, int]:
-        """Blocks of rows that a head has, and batch entries of a grid. Packed, the first is of all sequences."""
+        """Blocks of rows that a head has, and batch entries of a grid. Packed, the first is of all
+        sequences."""
         problem = self.problem
         if problem.packed_q:
             return problem.total_q // block + problem.batch, 1

@@ -69,7 +69,7 @@ def sum_sinks(partial, dsinks, dsinks_step, blocks, entries, BLOCK: tl.constexpr
     """One program for each head: the shares of all blocks and batch entries."""
     head = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
-    for entry in range(0, entries):
+    for entry in range(entries):
         row = partial + (whole(entry) * tl.num_programs(0) + head) * blocks
         for first in range(0, blocks, BLOCK):
             at = first + tl.arange(0, BLOCK)
@@ -102,7 +102,8 @@ def fill_rest(
 
 @triton.jit
 def zero(base, base_steps, size: tl.int64, second, third, fourth, BLOCK: tl.constexpr):
-    """One program for each block of elements of an array with four axes, of which the last three are given."""
+    """One program for each block of elements of an array with four axes, of which the last three are
+    given."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     place = at % fourth * base_steps[3] + at // fourth % third * base_steps[2]
     place += at // fourth // third % second * base_steps[1] + at // fourth // third // second * base_steps[0]

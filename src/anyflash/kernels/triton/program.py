@@ -7,8 +7,8 @@
     slope_of_J(score, at...)      the derivative by load J of the table whose gradient is wanted, and
     place_of_J(at...)             the element it goes to, as an offset into the gradient
 
-Kernels take them as constants, so that one kernel file serves every program. `at...` is batch, head, row, q, k,
-q_len, k_len, tables; a table is (pointer, strides, extents), strides in elements.
+Kernels take them as constants, so that one kernel file serves every program. `at...` is batch, head, row,
+q, k, q_len, k_len, tables; a table is (pointer, strides, extents), strides in elements.
 """
 
 from __future__ import annotations
@@ -121,5 +121,5 @@ def _module(source: str) -> dict[str, Any]:
     name = f"<anyflash program {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     space: dict[str, Any] = {"__name__": f"anyflash.kernels.triton.{name[1:-1].replace(' ', '_')}"}
-    exec(compile(source, name, "exec"), space)  # noqa: S102 - our own text, of a checked expression
+    exec(compile(source, name, "exec"), space)
     return space

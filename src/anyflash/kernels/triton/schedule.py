@@ -1,8 +1,8 @@
 """Tile sizes, warps and stages by device and head_dim: tables, no search at run time.
 
-What bounds a choice: a block of rows keeps acc (BLOCK_M x DIM_V words) and a tile of scores (BLOCK_M x BLOCK_N)
-in registers, of which a thread has 255; q and the stages of k and v lie in shared memory: (BLOCK_M * DIM +
-stages * BLOCK_N * (DIM + DIM_V)) * itemsize bytes of the device's limit.
+What bounds a choice: a block of rows keeps acc (BLOCK_M x DIM_V words) and a tile of scores (BLOCK_M x
+BLOCK_N) in registers, of which a thread has 255; q and the stages of k and v lie in shared memory: (BLOCK_M
+* DIM + stages * BLOCK_N * (DIM + DIM_V)) * itemsize bytes of the device's limit.
 """
 
 from __future__ import annotations

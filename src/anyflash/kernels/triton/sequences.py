@@ -29,9 +29,9 @@ def sequence(batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k,
 def which(blocks, heads, batch, cu_seqlens, PACKED: tl.constexpr, BLOCK: tl.constexpr):
     """This program's block, head and batch entry, of a grid with one axis: the others hold 65535 at most.
 
-    Packed, nobody has read how long the sequences are. Sequence s is given the blocks from cu_seqlens[s] // BLOCK
-    + s on, which are enough, and `blocks` counts those of all; the sequence of a block is found by halving. A
-    block past the end of its sequence has nothing to do.
+    Packed, nobody has read how long the sequences are. Sequence s is given the blocks from cu_seqlens[s] //
+    BLOCK + s on, which are enough, and `blocks` counts those of all; the sequence of a block is found by
+    halving. A block past the end of its sequence has nothing to do.
     """
     place = tl.program_id(0)
     block = place % blocks

@@ -1,12 +1,12 @@
 """Gradients of tables: dtable[place] += ds * d program / d load, summed over all pairs that read the element.
 
-A bias reads each element at one batch entry, head, row and key, or at all of those that it does not have. So a
-program owns the elements of one tile of the table, walks everything that the table lacks, and writes once: no
-atomics, no buffer of scores. Where rows are summed over, they are shared out among at most SPLITS programs,
-whose sums are then added in order.
+A bias reads each element at one batch entry, head, row and key, or at all of those that it does not have.
+So a program owns the elements of one tile of the table, walks everything that the table lacks, and writes
+once: no atomics, no buffer of scores. Where rows are summed over, they are shared out among at most SPLITS
+programs, whose sums are then added in order.
 
-An element of any other table (`table[q - k]`, or an index that is clamped) has no such owner. There every pair
-adds to it by itself, atomically, in no fixed order.
+An element of any other table (`table[q - k]`, or an index that is clamped) has no such owner. There every
+pair adds to it by itself, atomically, in no fixed order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from anyflash.core.view import View
-from anyflash.kernels.triton import schedule
 from anyflash.kernels.triton.backward import probabilities
 from anyflash.kernels.triton.device import empty, pointer, steps
 from anyflash.kernels.triton.dropout import kept
@@ -94,8 +93,8 @@ def owned(
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program for each element block: (batch), (head), (block of rows, or a share of them), (block of keys),
-    each only if the table has the axis. `grad` is added to, at `split_step` times the share."""
+    """One program for each element block: (batch), (head), (block of rows, or a share of them), (block of
+    keys), each only if the table has the axis. `grad` is added to, at `split_step` times the share."""
     own = tl.program_id(0)
     first_block, end_block = own * 0, row_blocks + own * 0
     share = own * 0
@@ -136,7 +135,8 @@ def owned(
                     if class_of(first_row, first_k, at, tables, TILE_CLASS, MASK, BLOCK_M, BLOCK_N) > 0:
                         total += tile_of_slopes(
                             q, k, v, dout, stats, delta, tables, q_steps, k_steps, v_steps, dout_steps,
-                            stats_steps, delta_steps, q_start, k_start, first_row, first_k, at, group, numbers,
+                            stats_steps, delta_steps, q_start, k_start, first_row, first_k, at, group,
+                            numbers,
                             SCORE, SLOPE_OF, ALLOWED, IDENTITY, DROPOUT, PRECISION,
                             DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
                         )  # fmt: skip
@@ -165,7 +165,8 @@ def owned(
 def shared(
     q, k, v, dout, stats, delta, grad, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, grad_steps,
-    row_blocks, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
+    row_blocks, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64,
+    keep_scale,
     SCORE: tl.constexpr, SLOPE_OF: tl.constexpr, PLACE_OF: tl.constexpr, ALLOWED: tl.constexpr,
     TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
@@ -182,7 +183,7 @@ def shared(
     numbers = (scale, unit, seed, threshold, keep_scale)
     at = (entry, head, q_len, k_len)
     first_row = block * BLOCK_M
-    for tile in range(0, tl.cdiv(k_len, BLOCK_N)):
+    for tile in range(tl.cdiv(k_len, BLOCK_N)):
         first_k = tile * BLOCK_N
         if class_of(first_row, first_k, at, tables, TILE_CLASS, MASK, BLOCK_M, BLOCK_N) > 0:
             found = tile_of_slopes(
@@ -202,10 +203,11 @@ def shared(
 def add_splits(
     partial, grad, partial_steps, grad_steps, splits, size, second, third, fourth, BLOCK: tl.constexpr
 ):
-    """The shares of every element, in order; an array of four axes, of which the last three extents are given."""
+    """The shares of every element, in order; an array of four axes, of which the last three extents are
+    given."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for share in range(0, splits):
+    for share in range(splits):
         total += tl.load(partial + share * partial_steps[0] + at, mask=at < size, other=0.0)
     place = at % fourth * grad_steps[3] + at // fourth % third * grad_steps[2]
     place += at // fourth // third % second * grad_steps[1] + at // fourth // third // second * grad_steps[0]

@@ -46,8 +46,8 @@ class Stand:
 
 @dataclass(frozen=True)
 class Made:
-    """Of one compiled kernel: bytes of shared memory, registers a thread, bytes spilled a thread, and how many
-    instructions multiply on tensor cores."""
+    """Of one compiled kernel: bytes of shared memory, registers a thread, bytes spilled a thread, and how
+    many instructions multiply on tensor cores."""
 
     shared: int
     registers: int

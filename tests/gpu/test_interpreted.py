@@ -1,0 +1,111 @@
+"""The portable kernels under Triton's interpreter: cases of the contract, on the CPU.
+
+Kernels are interpreted if TRITON_INTERPRET=1 is set before they are imported, and then cannot be compiled
+in the same process: `make test` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1: nox -s 'systems(triton39)'", allow_module_level=True)
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+import anyflash as af
+from anyflash.contract import direct, run, table
+from anyflash.contract.cases import Case
+from anyflash.core.errors import Unsupported
+from anyflash.kernels.triton.interpreter import mend, narrowed, widened
+
+# One in so many of the contract's table: each takes seconds here. The older Triton gets fewer.
+EVERY = 16 if triton.__version__ >= "3.9" else 48
+LONGEST = 300
+
+
+def cases() -> list[Case]:
+    small = [c for c in table.table() if c.dtype != "float64" and max(c.lens) <= LONGEST]
+    return small[::EVERY]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.id)
+def test_contract(case: Case) -> None:
+    report = run.run(case, "triton")
+    assert not report.failures, "\n".join(report.failures)
+
+
+@pytest.mark.parametrize("length", [129, 512])
+def test_longer(length: int) -> None:
+    """Several tiles of every class, bfloat16, forward and backward, by torch's door."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, length, h, 64).to(torch.bfloat16).requires_grad_() for h in (2, 1, 1))
+    found, wanted = (
+        (out, *torch.autograd.grad(out.float().square().sum(), (q, k, v)))
+        for out in (
+            af.attention(q, k, v, causal=True, window=(200, None), backend=name) for name in ("triton", "cpu")
+        )
+    )
+    for mine, other in zip(found, wanted, strict=True):
+        top = float(other.float().abs().max())
+        assert float((mine.float() - other.float()).abs().max()) <= 4 * torch.finfo(torch.bfloat16).eps * top
+
+
+def test_nan_in_what_is_masked() -> None:
+    """A key that some rows see and others do not: only the former may learn of its NaN."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 70, 2, 16)).astype(np.float32) for _ in range(4))
+    clean = direct.attend("triton", q, k, v, dout=dout, causal=True)
+    for array in (k, v):
+        array[0, 50] = np.nan
+    dirty = direct.attend("triton", q, k, v, dout=dout, causal=True)
+    np.testing.assert_array_equal(dirty.out[:, :50], clean.out[:, :50])
+    assert np.isnan(dirty.out[:, 50:]).all()
+    np.testing.assert_array_equal(dirty.dq[:, :50], clean.dq[:, :50])
+
+
+@pytest.mark.parametrize(
+    ("why", "call"),
+    [
+        ("float64", {"dtype": np.float64}),
+        ("head dims end at 576", {"dim": 577}),
+    ],
+)
+def test_declines(why: str, call: dict[str, object]) -> None:
+    x = np.ones((1, 4, 1, call.get("dim", 16)), call.get("dtype", np.float32))
+    with pytest.raises((Unsupported, ValueError), match=why if "dim" not in call else None):
+        af.attention(x, x, x, backend="triton")
+
+
+@triton.jit
+def product(a, b, c, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)).to(c.dtype.element_ty))
+
+
+@triton.jit
+def total(a, b):
+    tl.store(b, tl.load(a) + tl.load(a))
+
+
+def test_interpreter_is_right_for_bfloat16() -> None:
+    mend()
+    torch.manual_seed(0)
+    a, b = (torch.randn(16, 16).to(torch.bfloat16) for _ in range(2))
+    c = torch.empty(16, 16, dtype=torch.bfloat16)
+    product[(1,)](a, b, c, 16)
+    torch.testing.assert_close(c, (a.float() @ b.float()).to(torch.bfloat16), rtol=0, atol=0)
+    with pytest.raises(Exception, match="cast to float32 first"):
+        total[(1,)](a, c)
+
+
+def test_rounding_of_bfloat16() -> None:
+    values = torch.tensor([1.0, 1.00390625, 1.01171875, 3.4e38, float("inf"), float("nan"), -0.0])
+    rounded = torch.from_numpy(widened(narrowed(values.numpy())))
+    torch.testing.assert_close(rounded, values.to(torch.bfloat16).float(), rtol=0, atol=0, equal_nan=True)
