@@ -35,7 +35,7 @@ THIRD_PARTY = {
     "core": set(),
     "semantics": {"numpy", "ml_dtypes"},
     "kernels.llvm": {"llvmlite", "numpy"},
-    "kernels.triton": {"triton", "torch"},
+    "kernels.triton": {"triton", "torch", "numpy"},
     "kernels.gluon": {"triton", "torch"},
     "kernels.metal": set(),
     "dispatch": {"numpy"},
