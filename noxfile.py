@@ -1,9 +1,10 @@
 """Systems whose pins clash with what the rest of the tests use, each set in an environment of its own.
 
-`make test-systems` runs them all; `.venv/bin/nox -s 'systems(transformers4)'` one. An environment is laid
-over the project's: it adds or replaces some packages, without their own dependencies, and sees the rest
-(torch, pytest, anyflash itself) where they are. So it takes seconds to build, and torch is there once. Tests
-say by themselves what they need, and are skipped elsewhere with the words "make test-systems".
+`make test` runs those of Triton, `make test-systems` the others, `.venv/bin/nox -s
+'systems(transformers4)'` one. An environment is laid over the project's: it adds or replaces some packages,
+without their own dependencies, and sees the rest (torch, pytest, anyflash itself) where they are. So it
+takes seconds to build, and torch is there once. Tests say by themselves what they need, and are skipped
+elsewhere with the words "make test-systems".
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ OVERLAYS = {
 @nox.parametrize("name", list(OVERLAYS), ids=list(OVERLAYS))
 def systems(session: nox.Session, name: str) -> None:
     """The tests of one set; arguments behind -- take the place of its files."""
+    if name.startswith("triton") and sys.platform != "linux":
+        session.skip("Triton is built for Linux alone")
     overlay = OVERLAYS[name]
     shared = sysconfig.get_path("purelib")
     site = Path(session.virtualenv.location) / Path(shared).relative_to(sys.prefix)

@@ -26,7 +26,7 @@ from anyflash.core.errors import Unsupported
 from anyflash.kernels.triton.interpreter import mend, narrowed, widened
 
 # One in so many of the contract's table: each takes seconds here. The older Triton gets fewer.
-EVERY = 16 if triton.__version__ >= "3.9" else 48
+EVERY = 10 if triton.__version__ >= "3.9" else 48
 LONGEST = 300
 
 
@@ -53,8 +53,11 @@ def test_longer(length: int) -> None:
         )
     )
     for mine, other in zip(found, wanted, strict=True):
-        top = float(other.float().abs().max())
-        assert float((mine.float() - other.float()).abs().max()) <= 4 * torch.finfo(torch.bfloat16).eps * top
+        top = float(other.detach().float().abs().max())
+        assert (
+            float((mine.float() - other.float()).detach().abs().max())
+            <= 4 * torch.finfo(torch.bfloat16).eps * top
+        )
 
 
 def test_nan_in_what_is_masked() -> None:
