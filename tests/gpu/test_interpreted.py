@@ -22,8 +22,11 @@ import triton.language as tl
 import anyflash as af
 from anyflash.contract import direct, run, table
 from anyflash.contract.cases import Case
+from anyflash.core.device import CPU
 from anyflash.core.errors import Unsupported
+from anyflash.dispatch.choose import choose
 from anyflash.kernels.triton.interpreter import mend, narrowed, widened
+from anyflash.semantics.operands import Gradients, Saved
 
 # One in so many of the contract's table: each takes seconds here. The older Triton gets fewer.
 EVERY = 10 if triton.__version__ >= "3.9" else 48
@@ -71,6 +74,29 @@ def test_nan_in_what_is_masked() -> None:
     np.testing.assert_array_equal(dirty.out[:, :50], clean.out[:, :50])
     assert np.isnan(dirty.out[:, 50:]).all()
     np.testing.assert_array_equal(dirty.dq[:, :50], clean.dq[:, :50])
+
+
+def test_backward_from_a_given_lse() -> None:
+    """As for attention in parts: only lse is handed on, and one row sees no key."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 40, 2, 16)).astype(np.float32) for _ in range(4))
+    problem, operands = direct.prepare(q, k, v, mask=lambda at: (at.k <= at.q) & (at.q != 7), softcap=4.0)
+    whole = direct.execute("triton", problem, operands, dout)
+    stats = np.full((2, *whole.lse.shape), np.nan, np.float32)
+    backend = choose(problem, CPU, "triton")
+    backend.restate(problem, None, direct.view_of(whole.lse), direct.view_of(stats, True))
+    grads = [np.empty_like(x) for x in (q, k, v)]
+    backend.backward(
+        problem,
+        None,
+        operands,
+        Saved(direct.view_of(whole.out), direct.view_of(stats), direct.view_of(dout)),
+        Gradients(*(direct.view_of(x, True) for x in grads)),
+    )
+    for name, found in zip(("dq", "dk", "dv"), grads, strict=True):
+        wanted = getattr(whole, name)
+        assert np.abs(found - wanted).max() <= 16 * np.finfo(np.float32).eps * np.abs(wanted).max()
+    assert not grads[0][0, 7].any()
 
 
 @pytest.mark.parametrize(

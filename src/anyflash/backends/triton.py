@@ -7,7 +7,6 @@ import importlib.util
 from typing import Any
 
 from anyflash.core.device import Device
-from anyflash.core.errors import Unsupported
 from anyflash.core.view import View
 from anyflash.semantics.limits import integers_too_wide
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
@@ -66,7 +65,9 @@ class Triton:
         launch.backward(problem, operands, saved, grads)
 
     def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:
-        raise Unsupported("a backward from a given lse", {self.name: ["not written yet"]})
+        from anyflash.kernels.triton import launch
+
+        launch.restate(problem, lse, stats)
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
         from anyflash.kernels.triton import schedule

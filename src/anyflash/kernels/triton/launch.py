@@ -69,6 +69,34 @@ def backward(problem: Problem, operands: Operands, saved: Saved, grads: Gradient
         _gradients(call, saved, delta, grads)
 
 
+def restate(problem: Problem, lse: View, stats: View) -> None:
+    """Stats of rows whose lse is given."""
+    if not lse.size:
+        return
+    _, unit = _unit(problem)
+    heads, rows = lse.shape[-2:]
+    block = 256
+    with current(lse.device):
+        prepare.stats_of_lse[(_blocks(lse.size, block),)](
+            pointer(lse),
+            pointer(stats),
+            _lse_steps(problem, steps(lse)),
+            _stats_steps(problem, steps(stats)),
+            lse.size,
+            heads,
+            rows,
+            unit,
+            BLOCK=block,
+        )
+
+
+def _unit(problem: Problem) -> tuple[bool, float]:
+    """Whether products stay as they are, and by what a score is multiplied for exp2. The factor goes into the
+    exponent only if it keeps the order."""
+    identity = problem.program.score is None and problem.scale > 0
+    return identity, _LOG2_E * (problem.scale if identity else 1.0)
+
+
 def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
     problem, block = call.problem, 32
     sinks = grads.dsinks is not None
@@ -160,11 +188,8 @@ class _Call:
         self.functions: Functions = functions(
             program.score, program.mask, tuple(spec.dtype for spec in problem.tables)
         )
-        # A product may stay as it is, and the factor go into the exponent, only if the factor keeps the
-        # order.
-        self.identity = self.functions.identity and problem.scale > 0
+        self.identity, self.unit = _unit(problem)
         self.hides = self.functions.masked or not self.functions.identity
-        self.unit = _LOG2_E * (problem.scale if self.identity else 1.0)
 
     def launch(
         self,

@@ -101,6 +101,21 @@ def fill_rest(
 
 
 @triton.jit
+def stats_of_lse(lse, stats, lse_steps, stats_steps, size: tl.int64, heads, rows, unit, BLOCK: tl.constexpr):
+    """One program for each block of rows of all heads and entries: stats that say the same as lse does. A row
+    without keys has a sum without bound, so that its probabilities are 0."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < size
+    row, head, entry = at % rows, at // rows % heads, at // rows // heads
+    place = entry * lse_steps[0] + head * lse_steps[1] + row * lse_steps[2]
+    given = tl.load(lse + place, mask=there, other=0.0)
+    none = given == float("-inf")
+    place = entry * stats_steps[1] + head * stats_steps[2] + row * stats_steps[3]
+    tl.store(stats + place, tl.where(none, 0.0, given * (LOG2_E / unit)), mask=there)
+    tl.store(stats + place + stats_steps[0], tl.where(none, float("inf"), 0.0), mask=there)
+
+
+@triton.jit
 def zero(base, base_steps, size: tl.int64, second, third, fourth, BLOCK: tl.constexpr):
     """One program for each block of elements of an array with four axes, of which the last three are
     given."""
