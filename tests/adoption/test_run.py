@@ -89,6 +89,14 @@ def test_a_row_that_grows(outcome: Run) -> None:
     assert list(found["reach"]["peaks"]["eager"]) == ["1", "2"]
 
 
+def test_rows_are_kept_one_by_one(outcome: Run) -> None:
+    assert outcome("absent")["status"] == "absent"
+    seen: list[int] = []
+    rows = [r for r in registry.defined_in("adoption.stub_rows") if r.name in ("absent", "fails")]
+    run.run(rows, True, lambda row, doing, part: None, lambda found: seen.append(len(found)))
+    assert seen == [1, 2]
+
+
 def test_an_absent_system(outcome: Run) -> None:
     found = outcome("absent")
     assert found["status"] == "absent"
@@ -106,10 +114,14 @@ def test_rows_are_found_by_listing() -> None:
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_command(failing: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def measured(rows: list[Row], quick: bool, progress: Any) -> list[dict[str, Any]]:
+    def measured(rows: list[Row], quick: bool, progress: Any, keep: Any) -> list[dict[str, Any]]:
         assert quick
         progress(rows[0], "timing", 0.5)
-        return [r for r in sample.rows() if failing or r["status"] != "failed"]
+        found = [r for r in sample.rows() if failing or r["status"] != "failed"]
+        keep(found[:1])
+        kept = json.loads((tmp_path / "new" / "adoption.json").read_text())
+        assert [r["name"] for r in kept["rows"]] == [found[0]["name"]]
+        return found
 
     monkeypatch.setattr(run, "run", measured)
     result = CliRunner().invoke(main.app(), ["adoption", "--quick", "--out", str(tmp_path / "new")])
@@ -126,7 +138,7 @@ def test_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Rows that were measured stay; those that failed or were not there are run."""
     asked: list[str] = []
 
-    def measured(rows: list[Row], quick: bool, progress: Any) -> list[dict[str, Any]]:
+    def measured(rows: list[Row], quick: bool, progress: Any, keep: Any) -> list[dict[str, Any]]:
         asked[:] = [r.name for r in rows]
         return [r | {"workload": f"run of {len(asked)}"} for r in sample.rows() if r["name"] in asked]
 

@@ -16,9 +16,21 @@ Progress = Callable[[Row, str, float], None]
 _LAST_LINES = 12
 
 
-def run(rows: Sequence[Row], quick: bool, progress: Progress) -> list[dict[str, Any]]:
-    """A record a row: `status` is "ok", "absent" (with `how_to_install`) or "failed" (with `why`)."""
-    return [_run_row(row, quick, progress) for row in rows]
+def run(
+    rows: Sequence[Row],
+    quick: bool,
+    progress: Progress,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda found: None,
+) -> list[dict[str, Any]]:
+    """A record a row: `status` is "ok", "absent" (with `how_to_install`) or "failed" (with `why`).
+
+    `keep` takes the records so far after each row, so that a run that is stopped leaves what it has found.
+    """
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found.append(_run_row(row, quick, progress))
+        keep(found)
+    return found
 
 
 def _run_row(row: Row, quick: bool, progress: Progress) -> dict[str, Any]:

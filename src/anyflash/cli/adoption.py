@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,9 +47,13 @@ def command(
             done = {r["name"] for r in earlier["rows"] if r["status"] == "ok"}
             rows = [row for row in rows if row.name not in done]
         where = machine.describe()
-        found = record.report(_measure(console, rows, quick), quick, where)
-        if earlier is not None:
-            found = record.merged(earlier, found, [row.name for row in registry.rows()])
+        order = [row.name for row in registry.rows()]
+
+        def whole(measured: list[dict[str, Any]]) -> dict[str, Any]:
+            made = record.report(measured, quick, where)
+            return made if earlier is None else record.merged(earlier, made, order)
+
+        found = whole(_measure(console, rows, quick, lambda measured: record.write(whole(measured), out)))
     else:
         found = record.read(again)
     data, html = record.write(found, out)
@@ -61,7 +66,9 @@ def command(
         raise typer.Exit(1)
 
 
-def _measure(console: Console, rows: list[Row], quick: bool) -> list[dict[str, Any]]:
+def _measure(
+    console: Console, rows: list[Row], quick: bool, keep: Callable[[list[dict[str, Any]]], object]
+) -> list[dict[str, Any]]:
     columns = (
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description}"),
@@ -77,7 +84,7 @@ def _measure(console: Console, rows: list[Row], quick: bool) -> list[dict[str, A
             bar.start_task(task) if not bar.tasks[task].started else None
             bar.update(task, completed=part, doing=doing)
 
-        return run.run(rows, quick, progress)
+        return run.run(rows, quick, progress, keep)
 
 
 def _print(console: Console, found: dict[str, Any]) -> None:
