@@ -23,11 +23,14 @@ nox.options.error_on_missing_interpreters = True
 
 @dataclass(frozen=True)
 class Overlay:
-    """packages: installed with --no-deps; tests: what is run, and what by Triton's interpreter."""
+    """packages: installed with --no-deps; tests: what is run, and what by Triton's interpreter; sources:
+    packages that are installed apart, as a checkout would lie, and the variables that tests look for those
+    in."""
 
     packages: tuple[str, ...]
     tests: tuple[str, ...]
     interpreted: tuple[str, ...] = ()
+    sources: tuple[tuple[str, str], ...] = ()
 
 
 # Composer and llm-foundry pin an older torch, and want two dozen packages that nothing here calls.
@@ -53,7 +56,13 @@ OVERLAYS = {
     "mosaic": Overlay(_MOSAIC, _MOSAIC_TESTS),
     "transformers4": Overlay(
         ("transformers==4.51.3", "tokenizers==0.21.4", "huggingface_hub==0.36.0", *_MOSAIC),
-        (*_MOSAIC_TESTS, "tests/adapters/test_systems_transformers4.py", "tests/adapters/test_kernl.py"),
+        (
+            *_MOSAIC_TESTS,
+            "tests/adapters/test_systems_transformers4.py",
+            "tests/adapters/test_kernl.py",
+            "tests/adapters/test_colossalai.py",
+        ),
+        sources=(("ANYFLASH_SRC_COLOSSALAI", "colossalai==0.5.0"),),
     ),
 }
 
@@ -70,8 +79,14 @@ def systems(session: nox.Session, name: str) -> None:
     # Behind its own packages come those of the environment that nox runs in, with their .pth files.
     (site / "project.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
     session.install("--quiet", "--no-deps", *overlay.packages)
+    named = {variable: str(site.parent / variable) for variable, _ in overlay.sources}
+    for variable, package in overlay.sources:
+        if not Path(named[variable]).exists():
+            # What is built from source asks for torch while it is.
+            apart = ("--no-deps", "--no-build-isolation", "--target", named[variable])
+            session.install("--quiet", *apart, package)
     pytest = ("python", "-m", "pytest", "-m", "not gpu")
-    session.run(*pytest, *(session.posargs or overlay.tests))
+    session.run(*pytest, *(session.posargs or overlay.tests), env=named)
     if overlay.interpreted and not session.posargs:
         # Kernels are interpreted or compiled, as they are imported: never both in one process.
         session.run(*pytest, *overlay.interpreted, env={"TRITON_INTERPRET": "1"})
