@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,6 +10,7 @@ from html import escape
 _HEADING = 26
 _BAR, _GAP = 20, 12
 _LINE = 30
+_LONGEST = 72  # characters of a row's label
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +44,37 @@ def bars(heading: str, rows: Sequence[Bar], show: Callable[[float], str]) -> str
 
 
 def ratios(heading: str, rows: Sequence[tuple[str, float, float]]) -> str:
-    """For each row (title, against eager, against best) two dots on one scale from 0, with a line at 1, where
-    the two are alike."""
-    width, label, right = 960, 330, 80
-    longest = 1.06 * max([1.0] + [v for _, eager, best in rows for v in (eager, best)])
-    unit = (width - label - right) / longest
+    """For each row (title, against eager, against best) two dots on one logarithmic scale, with a line at 1,
+    where the two are alike."""
+    width, label, right = 960, 490, 104
+    values = [1.0, *(v for _, eager, best in rows for v in (eager, best))]
+    low, high = math.log2(0.92 * min(values)), math.log2(1.05 * max(values))
+    unit = (width - label - right) / (high - low)
+
+    def place(value: float) -> float:
+        return label + unit * (math.log2(value) - low)
+
     top = _HEADING + 8
     bottom = top + _LINE * len(rows)
     parts = [_text(heading, 0, 13, "heading")]
-    for tick in _ticks(longest):
-        x = label + unit * tick
+    for tick in (2.0**power for power in range(math.ceil(low), math.floor(high) + 1)):
+        x = place(tick)
         parts.append(_tag("line", "grid one" if tick == 1 else "grid", x1=x, x2=x, y1=top - 6, y2=bottom))
         parts.append(_text(f"{tick:g}×", x, bottom + 14, "tick", "middle"))
     for i, (title, eager, best) in enumerate(rows):
         y = top + _LINE * (i + 0.5)
         near, far = sorted((eager, best))
-        parts.append(_text(title, label - 14, y, "label", "end"))
-        parts.append(_tag("line", "span", x1=label + unit * near, x2=label + unit * far, y1=y, y2=y))
+        parts.append(_text(_shortened(title), label - 14, y, "label", "end"))
+        parts.append(_tag("line", "span", x1=place(near), x2=place(far), y1=y, y2=y))
         for role, value in (("eager", eager), ("best", best)):
             note = f"against {role}: {value:.2f}×"
-            parts.append(_tag("circle", f"dot {role}", note, cx=label + unit * value, cy=y, r=6))
-        parts.append(_text(f"{near:.2f}× {far:.2f}×", label + unit * far + 14, y, "value"))
+            parts.append(_tag("circle", f"dot {role}", note, cx=place(value), cy=y, r=6))
+        parts.append(_text(f"{near:.2f}× {far:.2f}×", place(far) + 14, y, "value"))
     return _svg(width, bottom + 24, heading, parts)
+
+
+def _shortened(title: str) -> str:
+    return title if len(title) <= _LONGEST else title[: _LONGEST - 1] + "…"
 
 
 def losses(heading: str, curves: Mapping[str, Sequence[float]]) -> str:
@@ -94,13 +105,6 @@ def standalone(svg: str, style: str) -> str:
     width, height = svg.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
     return svg.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1) + "\n"
-
-
-def _ticks(longest: float) -> list[float]:
-    for step in (0.25, 0.5, 1, 2, 5, 10, 20, 50):
-        if longest / step <= 8:
-            return [step * i for i in range(int(longest / step) + 1)]
-    return [0, 1, longest]
 
 
 def _tag(name: str, css: str, note: str = "", **attributes: float) -> str:

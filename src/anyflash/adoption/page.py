@@ -80,15 +80,19 @@ def _head(report: dict[str, Any]) -> str:
 
 def overview(rows: list[dict[str, Any]]) -> tuple[str, str]:
     """The two charts of all rows: speed-up, and peak memory as a part of theirs."""
-    speed = [(r["title"], r["speedup"]["eager"], r["speedup"]["best"]) for r in rows]
+    speed = [(_name(r), r["speedup"]["eager"], r["speedup"]["best"]) for r in rows]
     memory = []
     for r in rows:
         peak = {v["role"]: max(v["peak_bytes"], 1) for v in r["variants"]}
-        memory.append((r["title"], peak["ours"] / peak["eager"], peak["ours"] / peak["best"]))
+        memory.append((_name(r), peak["ours"] / peak["eager"], peak["ours"] / peak["best"]))
     return (
         ratios("Speed-up of the whole step (right of the dashed line is faster)", speed),
         ratios("Peak memory of the step, as a part of theirs (left of it is less)", memory),
     )
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['system'].removeprefix('Hugging Face ')}: {row['title']}"
 
 
 def _overview(rows: list[dict[str, Any]]) -> str:
