@@ -187,14 +187,10 @@ def backward_dkv(
     q_start, q_len, k_start, k_len = sequence(
         batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
     )
-    # Keys past seqused_k exist in memory, and their gradient is 0. In packed arrays it was zeroed before.
-    end_k = k_len
-    if USED and not PACKED:
-        end_k = seqlen_k
     wanted = True
     if CAREFUL:
         wanted = tl.load(odd + tl.program_id(0)) != 0
-    if (first_k < end_k) & wanted:
+    if (first_k < k_len) & wanted:
         entry, wide_head = whole(batch), whole(kv_head)
         k += entry * k_steps[0] + k_start * k_steps[1] + wide_head * k_steps[2]
         v += entry * v_steps[0] + k_start * v_steps[1] + wide_head * v_steps[2]
@@ -218,11 +214,11 @@ def backward_dkv(
             found = any_odd(dk_wide, dk_rest, REST) | any_odd(dv_wide, dv_rest, REST_V)
             tl.store(odd + tl.program_id(0), found)
         store_pieces(
-            dk, dk_wide * scale, dk_rest * scale, first_k, end_k, dk_steps[1], dk_steps[3],
+            dk, dk_wide * scale, dk_rest * scale, first_k, k_len, dk_steps[1], dk_steps[3],
             DIM, WIDE, REST, BLOCK_N,
         )  # fmt: skip
         store_pieces(
-            dv, dv_wide, dv_rest, first_k, end_k, dv_steps[1], dv_steps[3], DIM_V, WIDE_V, REST_V, BLOCK_N
+            dv, dv_wide, dv_rest, first_k, k_len, dv_steps[1], dv_steps[3], DIM_V, WIDE_V, REST_V, BLOCK_N
         )
 
 
