@@ -112,6 +112,13 @@ def test_declines(why: str, call: dict[str, object]) -> None:
         af.attention(x, x, x, backend="triton")
 
 
+def test_rows_far_apart() -> None:
+    far = np.empty((2, 2**22), np.float32)[None, :, None, :16]
+    near = np.ones((1, 2, 1, 16), np.float32)
+    with pytest.raises(Unsupported, match="Make it contiguous"):
+        af.attention(far, near, near, backend="triton")
+
+
 @triton.jit
 def product(a, b, c, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from anyflash.core.device import Device
+from anyflash.core.errors import Unsupported
 from anyflash.core.view import View
 from anyflash.kernels.triton import backward as backward_kernels
 from anyflash.kernels.triton import forward as forward_kernels
@@ -22,6 +23,8 @@ from anyflash.semantics.problem import Problem
 from anyflash.semantics.rng import threshold
 
 _LOG2_E = math.log2(math.e)
+# A tile has at most 128 rows and 512 columns.
+_FARTHEST = 2**31 // 1024
 
 
 def forward(problem: Problem, operands: Operands, results: Results) -> None:
@@ -300,9 +303,20 @@ def _blocks(extent: int, block: int) -> int:
 
 
 def _rows(view: View) -> tuple[int, ...]:
-    """Steps (batch, token, head, dim); packed arrays have no batch axis."""
+    """Steps (batch, token, head, dim); packed arrays have no batch axis.
+
+    Raises Unsupported if rows lie so far apart that a place within a tile needs more than 32 bits.
+    """
     found = steps(view)
-    return found if len(found) == 4 else (0, *found)
+    found = found if len(found) == 4 else (0, *found)
+    farthest = max(abs(found[1]), abs(found[3]))
+    if farthest > _FARTHEST:
+        raise Unsupported(
+            f"an array of shape {tuple(view.shape)} whose neighbours lie {farthest} elements apart",
+            {"triton": [f"places within a tile have 32 bits, enough for {_FARTHEST} elements"]},
+            "Make it contiguous",
+        )
+    return found
 
 
 def _lse_steps(problem: Problem, found: tuple[int, ...]) -> tuple[int, ...]:
