@@ -1,4 +1,4 @@
-"""Every kernel in every configuration that is shipped, compiled for GPUs that are not here, within budgets.
+"""The forward and backward kernels as they are shipped, compiled for GPUs that are not here, within budgets.
 
 `budgets.json` holds what each kernel may take: bytes of shared memory, registers a thread, bytes spilled a
 thread, and the tensor-core instructions that it must have. `python tests/gpu/test_compiled.py` writes the

@@ -112,6 +112,14 @@ def test_declines(why: str, call: dict[str, object]) -> None:
         af.attention(x, x, x, backend="triton")
 
 
+def test_explained_by_what_is_launched() -> None:
+    x = np.ones((1, 40, 2, 96), np.float32)
+    said = af.explain(x, x, x, backend="triton")
+    assert said.backend == "triton"
+    assert "interpreter" in str(said)
+    assert "32 x 32, 4 warps, 1 stages" in str(said)
+
+
 def test_rows_far_apart() -> None:
     far = np.empty((2, 2**22), np.float32)[None, :, None, :16]
     near = np.ones((1, 2, 1, 16), np.float32)

@@ -70,10 +70,16 @@ class Triton:
         launch.restate(problem, lse, stats)
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
+        from anyflash.core.dtypes import ITEMSIZE
         from anyflash.kernels.triton import schedule
+        from anyflash.kernels.triton.device import present
 
-        found = schedule.INTERPRETED
-        return {"block_q": found.block_m, "block_k": found.block_n}
+        arch, size = present(), ITEMSIZE[problem.dtype]
+        found: dict[str, Any] = {"device": arch}
+        for part in schedule.PARTS:
+            tiles = schedule.tiles(part, arch, problem.head_dim, problem.head_dim_v, size)
+            found[part] = f"{tiles.block_m} x {tiles.block_n}, {tiles.warps} warps, {tiles.stages} stages"
+        return found
 
 
 BACKEND = Triton()

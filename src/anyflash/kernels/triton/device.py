@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from anyflash.core.device import Device
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _STORED = {"bool": "int8"}
 
 
+@cache
 def interpreted() -> bool:
     """Are kernels run by Triton's interpreter, on the CPU? TRITON_INTERPRET=1 must be set before they are
     imported."""
@@ -89,6 +90,15 @@ def current(device: Device) -> Iterator[None]:
 
     with torch.cuda.device(device.index):
         yield
+
+
+def present() -> str:
+    """The architecture of torch's current device."""
+    if interpreted():
+        return "interpreter"
+    import torch
+
+    return architecture(Device("cuda", torch.cuda.current_device()))
 
 
 @lru_cache(maxsize=16)

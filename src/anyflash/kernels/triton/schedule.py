@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Part = Literal["forward", "backward_dkv", "backward_dq"]
+PARTS: tuple[Part, ...] = ("forward", "backward_dkv", "backward_dq")
 
 
 @dataclass(frozen=True, slots=True)
