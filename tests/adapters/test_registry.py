@@ -63,6 +63,13 @@ def test_versions(version: str, tested: bool, monkeypatch: pytest.MonkeyPatch) -
             RANGE.warn_if_untested()
 
 
+@pytest.mark.parametrize("name", registry.names())
+def test_every_adapter_warns_of_an_untested_version(name: str) -> None:
+    """What `install` does without the system cannot be run here, so it is read."""
+    module = inspect.getsource(inspect.getmodule(registry.get(name).install))
+    assert "target.warn_if_untested()" in module
+
+
 def test_absent_system() -> None:
     absent = Target("no-such-distribution", "nothing", "1", "2", "pip install nothing")
     assert absent.installed() is None
