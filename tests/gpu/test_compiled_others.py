@@ -20,11 +20,12 @@ import offline
 import shipped
 import torch
 
-from anyflash.kernels.triton import prepare, schedule, tables
+from anyflash.kernels.triton import prepare, scattered, schedule, tables
 from anyflash.kernels.triton.program import functions
 
 TARGETS = ("sm_90", "gfx942")
-X, F, I = offline.Stand(torch.bfloat16), offline.Stand(torch.float32), offline.Stand(torch.int32)
+X, F = offline.Stand(torch.bfloat16), offline.Stand(torch.float32)
+I, L = offline.Stand(torch.int32), offline.Stand(torch.int64)
 ROWS, HEADS, DIM = 4096, 16, 64
 ARRAY = (ROWS * HEADS * DIM, HEADS * DIM, DIM, 1)
 LSE, STATS = (HEADS * ROWS, ROWS, 1), (HEADS * ROWS, HEADS * ROWS, ROWS, 1)
@@ -44,6 +45,8 @@ SMALL: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "zero": (prepare.zero, (X, ARRAY, 12345678, ROWS, HEADS, DIM), {"BLOCK": 1024}),
     "stats_of_lse": (prepare.stats_of_lse, (F, F, LSE, STATS, 12345678, HEADS, ROWS, 0.2), {"BLOCK": 256}),
+    "add_bounds": (scattered.add_bounds, (F, F, 12345), {"BLOCK": 1024}),
+    "settle": (scattered.settle, (L, F, F, (0, 0, 0, 1), 12345678, 1, 1, 16), {"BLOCK": 256}),
     "add_splits": (tables.add_splits, (F, F, (16, 1), (0, 0, 0, 1), 16, 16, 1, 1, 16), {"BLOCK": 256}),
 }
 # A score, its table's type, strides and extents, and the axes that own an element; None: no owner.
@@ -101,12 +104,17 @@ def test_tables(name: str, arch: str) -> None:
     layout = (ARRAY, ARRAY, ARRAY, ARRAY, STATS, LSE, strides)
     numbers = (HEADS, 1, ROWS, ROWS, 0.1, 0.2, 5, 7, 1.0)
     if owners is None:
-        found = offline.compiled(tables.shared, arch, *arrays, *layout, 64, *numbers, **constants)
+        arrays = (*arrays[:7], L, F, F, *arrays[7:])
+        for add in (False, True):
+            found = offline.compiled(
+                scattered.scatter, arch, *arrays, *layout, strides, 64, *numbers, ADD=add, **constants
+            )
+            assert found.products > 0
     else:
         by = dict(zip(("BY_BATCH", "BY_HEAD", "BY_ROW", "BY_K"), owners, strict=True))
         blocks = (16, 4, 64, 128, 16, 4)
         found = offline.compiled(tables.owned, arch, *arrays, *layout, *blocks, *numbers, **by, **constants)
-    assert found.products > 0
+        assert found.products > 0
 
 
 @pytest.mark.parametrize("arch", TARGETS)

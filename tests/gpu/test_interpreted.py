@@ -153,3 +153,37 @@ def test_rounding_of_bfloat16() -> None:
     values = torch.tensor([1.0, 1.00390625, 1.01171875, 3.4e38, float("inf"), float("nan"), -0.0])
     rounded = torch.from_numpy(widened(narrowed(values.numpy())))
     torch.testing.assert_close(rounded, values.to(torch.bfloat16).float(), rtol=0, atol=0, equal_nan=True)
+
+
+def relative_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The gradient of a bias by distance, which is summed over batch entries, heads, rows and keys."""
+    length = q.shape[1]
+    bias = torch.zeros(2 * length - 1).requires_grad_()
+    table = af.table(bias)
+    out = af.attention(
+        q, k, v, score=lambda s, at: s + table[at.q - at.k + length - 1], causal=True, backend="triton"
+    )
+    weights = torch.linspace(-1, 1, out[0].numel()).reshape(out.shape[1:])
+    return torch.autograd.grad((out * weights).sum(), bias)[0]
+
+
+def test_scattered_gradient_does_not_depend_on_the_order() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 70, 2, 16) for _ in range(3))
+    found = relative_gradient(q, k, v)
+    assert found.abs().max() > 0
+    for order in ([2, 0, 1], [1, 2, 0]):
+        assert torch.equal(relative_gradient(q[order], k[order], v[order]), found)
+
+
+def test_scattered_gradient_keeps_nan_where_it_belongs() -> None:
+    """Row 60 has NaN, and reads distances up to 60."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 70, 1, 16) for _ in range(3))
+    clean = relative_gradient(q, k, v)
+    q[0, 60] = torch.nan
+    found = relative_gradient(q, k, v)
+    zero = 69
+    assert torch.isnan(found[zero : zero + 61]).all()
+    assert torch.equal(found[zero + 61 :], clean[zero + 61 :])
+    assert not found[:zero].any()

@@ -9,11 +9,14 @@
     forward.py       out, lse, stats
     prepare.py       delta of a row, and the sinks' gradient
     backward.py      dK and dV, then dQ
+    tables.py        gradients of biases, whose elements a tile owns
+    scattered.py     gradients of tables that are read at other places
+    slopes.py        what a pair adds to either
     schedule.py      tile sizes, warps and stages by device and head_dim
     launch.py        views to launches
     interpreter.py   what makes Triton's interpreter right for bfloat16
 
-Every kernel states its math, its tiles and its registers. Rules for all: no atomics on floats in a
-deterministic kernel, no block pointers, no autotuning, bfloat16 only in load, store, trans, where and dot
-(the interpreter computes nothing else in it), addresses in 64 bits.
+Every kernel states its math, its tiles and its registers. Rules for all: no atomics on floats, save those that
+are infinite or NaN; no block pointers; no autotuning; bfloat16 only in load, store, trans, where and dot (the
+interpreter computes nothing else in it); addresses in 64 bits.
 """

@@ -5,8 +5,7 @@ So a program owns the elements of one tile of the table, walks everything that t
 once: no atomics, no buffer of scores. Where rows are summed over, they are shared out among at most SPLITS
 programs, whose sums are then added in order.
 
-An element of any other table (`table[q - k]`, or an index that is clamped) has no such owner. There every
-pair adds to it by itself, atomically, in no fixed order.
+An element of any other table (`table[q - k]`, or an index that is clamped) has no such owner: scattered.py.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ import triton
 import triton.language as tl
 
 from anyflash.core.view import View
-from anyflash.kernels.triton.backward import probabilities
+from anyflash.kernels.triton import scattered
 from anyflash.kernels.triton.device import empty, pointer, steps
-from anyflash.kernels.triton.dropout import kept
 from anyflash.kernels.triton.elementary import whole
 from anyflash.kernels.triton.sequences import class_of, sequence
-from anyflash.kernels.triton.tiles import pieces, scores
+from anyflash.kernels.triton.slopes import tile_of_slopes
 from anyflash.semantics.derivative import table_derivatives
 from anyflash.semantics.expr import Expr
 from anyflash.semantics.text import parse
@@ -32,51 +30,6 @@ if TYPE_CHECKING:
 
 SPLITS = 16
 _AXES = ("batch", "head", "row", "k")
-
-
-@triton.jit
-def tile_of_slopes(
-    q, k, v, dout, stats, delta, tables, q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps,
-    q_start, k_start, first_row, first_k, at, group, numbers,
-    SCORE: tl.constexpr, SLOPE_OF: tl.constexpr, ALLOWED: tl.constexpr, IDENTITY: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_M, BLOCK_N): what each pair adds to the element that it read."""
-    batch, head, q_len, k_len = at
-    entry, wide_head, kv_head = whole(batch), whole(head), whole(head // group)
-    q += entry * q_steps[0] + q_start * q_steps[1] + wide_head * q_steps[2]
-    k += entry * k_steps[0] + k_start * k_steps[1] + kv_head * k_steps[2]
-    v += entry * v_steps[0] + k_start * v_steps[1] + kv_head * v_steps[2]
-    dout += entry * dout_steps[0] + q_start * dout_steps[1] + wide_head * dout_steps[2]
-    stats += entry * stats_steps[1] + wide_head * stats_steps[2] + q_start * stats_steps[3]
-    delta += entry * delta_steps[0] + wide_head * delta_steps[1] + q_start * delta_steps[2]
-    rows = first_row + tl.arange(0, BLOCK_M)
-    row = rows[:, None]
-    key = (first_k + tl.arange(0, BLOCK_N))[None, :]
-    there = rows < q_len
-    place = rows.to(tl.int64) * stats_steps[3]
-    m = tl.load(stats + place, mask=there, other=0.0)[:, None]
-    log_sum = tl.load(stats + stats_steps[0] + place, mask=there, other=0.0)[:, None]
-    taken = tl.load(delta + rows.to(tl.int64) * delta_steps[2], mask=there, other=0.0)[:, None]
-    q_wide, q_rest = pieces(q, first_row, q_len, q_steps[1], q_steps[3], True, DIM, WIDE, REST, BLOCK_M)
-    k_wide, k_rest = pieces(k, first_k, k_len, k_steps[1], k_steps[3], True, DIM, WIDE, REST, BLOCK_N)
-    d_wide, d_rest = pieces(
-        dout, first_row, q_len, dout_steps[1], dout_steps[3], True, DIM_V, WIDE_V, REST_V, BLOCK_M
-    )
-    v_wide, v_rest = pieces(v, first_k, k_len, v_steps[1], v_steps[3], True, DIM_V, WIDE_V, REST_V, BLOCK_N)
-    s = scores(q_wide, q_rest, k_wide, k_rest, REST, PRECISION)
-    seen = (row < q_len) & (key < k_len)
-    p, slope, seen = probabilities(
-        s, m, log_sum, seen, row, key, at, tables, numbers, SCORE, SLOPE_OF, ALLOWED, IDENTITY, True
-    )
-    dp = scores(d_wide, d_rest, v_wide, v_rest, REST_V, PRECISION)
-    if DROPOUT:
-        stays = kept(numbers[2], batch, head, rows, first_k, numbers[3], BLOCK_M, BLOCK_N)
-        dp = tl.where(stays, dp * numbers[4], 0.0)
-    return tl.where(seen, p * (dp - taken) * slope, 0.0)
 
 
 @triton.jit
@@ -162,44 +115,6 @@ def owned(
 
 
 @triton.jit
-def shared(
-    q, k, v, dout, stats, delta, grad, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
-    q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, grad_steps,
-    row_blocks, heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64,
-    keep_scale,
-    SCORE: tl.constexpr, SLOPE_OF: tl.constexpr, PLACE_OF: tl.constexpr, ALLOWED: tl.constexpr,
-    TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    PACKED: tl.constexpr, USED: tl.constexpr, PRECISION: tl.constexpr,
-    DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program for each block of rows, head and batch entry; every pair adds atomically."""
-    place = tl.program_id(0)
-    block, head, entry = place % row_blocks, place // row_blocks % heads, place // (row_blocks * heads)
-    q_start, q_len, k_start, k_len = sequence(
-        entry, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
-    )
-    numbers = (scale, unit, seed, threshold, keep_scale)
-    at = (entry, head, q_len, k_len)
-    first_row = block * BLOCK_M
-    for tile in range(tl.cdiv(k_len, BLOCK_N)):
-        first_k = tile * BLOCK_N
-        if class_of(first_row, first_k, at, tables, TILE_CLASS, MASK, BLOCK_M, BLOCK_N) > 0:
-            found = tile_of_slopes(
-                q, k, v, dout, stats, delta, tables, q_steps, k_steps, v_steps, dout_steps,
-                stats_steps, delta_steps, q_start, k_start, first_row, first_k, at, group, numbers,
-                SCORE, SLOPE_OF, ALLOWED, IDENTITY, DROPOUT, PRECISION,
-                DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            row = (first_row + tl.arange(0, BLOCK_M))[:, None]
-            key = (first_k + tl.arange(0, BLOCK_N))[None, :]
-            where = PLACE_OF(entry, head, row, row + (k_len - q_len), key, q_len, k_len, tables, grad_steps)
-            where = where + tl.zeros([BLOCK_M, BLOCK_N], tl.int64)
-            tl.atomic_add(grad + where, found, mask=(row < q_len) & (key < k_len))
-
-
-@triton.jit
 def add_splits(
     partial, grad, partial_steps, grad_steps, splits, size, second, third, fourth, BLOCK: tl.constexpr
 ):
@@ -233,10 +148,7 @@ def run(call: _Call, slot: int, grad: View, arrays: list[Any], layout: list[Any]
             "num_stages": 1,
         }
         if axes is None:
-            shared[(row_blocks * problem.heads_q * problem.batch,)](
-                *arrays, pointer(grad), *call.shared_arrays()[1:], *layout, steps(grad), row_blocks,
-                *call.numbers(), **constants,
-            )  # fmt: skip
+            scattered.run(call, grad, arrays, layout, tiles, constants)
             continue
         by = dict(
             zip(("BY_BATCH", "BY_HEAD", "BY_ROW", "BY_K"), (axis in axes for axis in _AXES), strict=True)
