@@ -16,7 +16,7 @@
     launch.py        views to launches
     interpreter.py   what makes Triton's interpreter right for bfloat16
 
-Every kernel states its math, its tiles and its registers. Rules for all: no atomics on floats, save those that
-are infinite or NaN; no block pointers; no autotuning; bfloat16 only in load, store, trans, where and dot (the
-interpreter computes nothing else in it); addresses in 64 bits.
+Every kernel states its math, its tiles and its registers. Rules for all: no atomics on floats, save on those
+that are infinite or NaN; no block pointers; no autotuning; bfloat16 only in load, store, trans, where and dot
+(the interpreter computes nothing else in it); addresses in 64 bits.
 """
