@@ -73,12 +73,15 @@ class Triton:
         from anyflash.core.dtypes import ITEMSIZE
         from anyflash.kernels.triton import schedule
         from anyflash.kernels.triton.device import present
+        from anyflash.kernels.triton.precision import float32_products
 
         arch, size = present(), ITEMSIZE[problem.dtype]
         found: dict[str, Any] = {"device": arch}
         for part in schedule.PARTS:
             tiles = schedule.tiles(part, arch, problem.head_dim, problem.head_dim_v, size)
             found[part] = f"{tiles.block_m} x {tiles.block_n}, {tiles.warps} warps, {tiles.stages} stages"
+        if problem.dtype == "float32":
+            found["float32 products"] = "{}, {}".format(*float32_products(arch))
         return found
 
 

@@ -18,7 +18,9 @@ elements."""
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """Operations are carried out in `work`, and each result is rounded to `rounds_to`, where given.
+    """Operations are carried out in `work`, and each result is rounded to `rounds_to`, where given; with
+    `tf32`, the factors of matrix products of float32 are cut to that, rounded by even orders, truncated by
+    odd ones.
 
     `order` 0 is the usual way. The others add one term after the other, those above 1 with the keys and the
     head dimension shuffled. Odd ones do so in matrix products too, put the scale on k instead of q,
@@ -29,6 +31,7 @@ class Arithmetic:
     work: np.dtype
     rounds_to: np.dtype | None = None
     order: int = 0
+    tf32: bool = False
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x rounded. What leaves the range of float16 keeps its precision: it is the rounding that is
@@ -61,8 +64,13 @@ class Arithmetic:
         rows = x.transpose(*rest, *axes).reshape(*(x.shape[i] for i in rest), -1)
         return np.add.accumulate(rows[..., self.shuffle(rows.shape[-1])], axis=-1)[..., -1]
 
+    def factor(self, x: np.ndarray) -> np.ndarray:
+        """x as a matrix product takes it."""
+        return _tf32(x, nearest=not self.odd) if self.tf32 else x
+
     def matmul(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """x @ y: the library's product, or one term after the other."""
+        x, y = self.factor(x), self.factor(y)
         if not self.odd:
             return x @ y
         total = np.zeros((*x.shape[:-1], y.shape[-1]), self.work)
@@ -79,17 +87,25 @@ def exact(dtype: str) -> Arithmetic:
     return Arithmetic(np.dtype(np.longdouble if dtype == "float64" else np.float64))
 
 
-def plain(dtype: str) -> tuple[Arithmetic, ...]:
+def plain(dtype: str, tf32: bool = False) -> tuple[Arithmetic, ...]:
     """Plain attention in `dtype`, in several orders of its sums: the worst of them sets what a backend may
-    err."""
+    err. `tf32`: of one that multiplies float32 so."""
     kind, work = numpy_dtype(dtype), numpy_dtype(accumulate(dtype))
     step = None if kind == work else kind
-    return tuple(Arithmetic(work, step, order) for order in range(ORDERS))
+    return tuple(Arithmetic(work, step, order, tf32 and dtype == "float32") for order in range(ORDERS))
 
 
-def accumulator(dtype: str) -> tuple[Arithmetic, ...]:
+def accumulator(dtype: str, tf32: bool = False) -> tuple[Arithmetic, ...]:
     """Plain attention in the type of the sums, for results kept in that type (lse, gradients of tables)."""
-    return plain(accumulate(dtype))
+    return plain(accumulate(dtype), tf32 and dtype == "float32")
+
+
+def _tf32(x: np.ndarray, nearest: bool) -> np.ndarray:
+    """float32 with 10 bits of fraction: rounded to nearest even, or truncated."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    kept = np.uint32(0xFFFFE000)
+    cut = bits + np.uint32(0xFFF) + ((bits >> 13) & 1) if nearest else bits
+    return np.where(np.isfinite(x), (cut & kept).view(np.float32), x)
 
 
 @dataclass(frozen=True)
@@ -136,5 +152,6 @@ def product(a: np.ndarray, b: np.ndarray, keep: np.ndarray, arithmetic: Arithmet
     a = np.where(keep, a, a.dtype.type(0))
     if np.isfinite(b).all():
         return arithmetic.matmul(a, b)
+    a, b = arithmetic.factor(a), arithmetic.factor(b)
     terms = np.where(keep[..., None], a[..., None] * b[..., None, :, :], a.dtype.type(0))
     return terms.sum(axis=-2)

@@ -16,6 +16,16 @@ def present() -> list[str]:
     return [name for name, entry in entries().items() if entry.reason is None]
 
 
+def multiplies_tf32(backend: str, dtype: str) -> bool:
+    """Does the backend cut factors of `dtype` to tf32, as this process is set?"""
+    if backend != "triton" or dtype != "float32":
+        return False
+    from anyflash.kernels.triton.device import present
+    from anyflash.kernels.triton.precision import float32_products
+
+    return float32_products(present()).products == "tf32"
+
+
 @contextmanager
 def poisoned_scratch(backend: str) -> Iterator[None]:
     """While it lasts, the backend's working memory is NaN before each use, where the backend offers that."""

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from anyflash.contract import truth as truths
-from anyflash.contract.backends import WITHIN_BOUNDS, poisoned_scratch
+from anyflash.contract.backends import WITHIN_BOUNDS, multiplies_tf32, poisoned_scratch
 from anyflash.contract.cases import Case
 from anyflash.contract.criteria import (
     FORWARD_FACTOR,
@@ -51,7 +51,7 @@ def run(
     """
     report = Report(case, backend)
     backward = "backward" in directions
-    values, truth = known(case)
+    values, truth = known(case, multiplies_tf32(backend, case.dtype))
     clean = Memory(case, values, None, alter)
     first = execute(clean, backend, backward)
     report.failures += [f"clean run: {said}" for said in clean.damage()]
@@ -73,10 +73,10 @@ def run(
 
 
 @lru_cache(maxsize=16)
-def known(case: Case) -> tuple[Values, truths.Truth]:
-    """The numbers and the truth of a case."""
+def known(case: Case, tf32: bool = False) -> tuple[Values, truths.Truth]:
+    """The numbers and the truth of a case, `tf32` for a backend that multiplies float32 so."""
     values = draw(case)
-    return values, truths.find(case, values)
+    return values, truths.find(case, values, tf32=tf32)
 
 
 def execute(memory: Memory, backend: str, backward: bool = True) -> dict[str, np.ndarray]:

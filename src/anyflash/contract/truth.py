@@ -40,15 +40,16 @@ def seed(case: Case) -> int:
     return (case.data_seed + 1) * 0x9E3779B97F4A7C15 % 2**63
 
 
-def find(case: Case, values: Values, gradients: bool = True) -> Truth:
-    """The exact results of a case and those of plain attention, over all its sequences."""
+def find(case: Case, values: Values, gradients: bool = True, tf32: bool = False) -> Truth:
+    """The exact results of a case and those of plain attention, over all its sequences; `tf32` as in
+    `plain`."""
     truth, answers = _run(case, values, exact(case.dtype), gradients)
     plains: dict[str, list[np.ndarray]] = {name: [] for name in truth}
-    for a in plain(case.dtype):
+    for a in plain(case.dtype, tf32):
         for name, array in _run(case, values, a, gradients)[0].items():
             if name != "lse":
                 plains[name].append(array)
-    for a in accumulator(case.dtype):
+    for a in accumulator(case.dtype, tf32):
         for name, array in _run(case, values, a, gradients)[0].items():
             narrow = name in ROUNDED
             plains[name].append(

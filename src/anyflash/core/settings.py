@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +33,13 @@ def _num_threads() -> int | None:
     return count
 
 
+def _float32() -> Literal["ieee", "tf32"] | None:
+    text = os.environ.get("ANYFLASH_FLOAT32") or None
+    if text in (None, "ieee", "tf32"):
+        return text
+    raise ValueError(f"ANYFLASH_FLOAT32={text!r}: expected ieee or tf32")
+
+
 SETTINGS: dict[str, tuple[str, Callable[[], object]]] = {
     "ANYFLASH_CPU": (
         "restrict the CPU kernels to one of avx2, avx512, avx512bf16, amx, amx-emulated, neon, generic",
@@ -41,6 +48,10 @@ SETTINGS: dict[str, tuple[str, Callable[[], object]]] = {
     "ANYFLASH_NUM_THREADS": (
         "threads of the CPU kernels; without it the framework's setting or the usable cores",
         _num_threads,
+    ),
+    "ANYFLASH_FLOAT32": (
+        "how GPUs multiply float32: ieee, or tf32; without it the framework's setting for matrix products",
+        _float32,
     ),
     "ANYFLASH_CACHE_DIR": ("where compiled kernels are kept", _cache_dir),
     "ANYFLASH_CACHE": (
@@ -60,6 +71,10 @@ def cpu_features() -> str | None:
 
 def num_threads() -> int | None:
     return _num_threads()
+
+
+def float32_products() -> Literal["ieee", "tf32"] | None:
+    return _float32()
 
 
 def cache_dir() -> Path:

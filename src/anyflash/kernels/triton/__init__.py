@@ -13,6 +13,7 @@
     scattered.py     gradients of tables that are read at other places
     slopes.py        what a pair adds to either
     schedule.py      tile sizes, warps and stages by device and head_dim
+    precision.py     how float32 is multiplied
     launch.py        views to launches
     interpreter.py   what makes Triton's interpreter right for bfloat16
 

@@ -17,6 +17,7 @@ from anyflash.kernels.triton import forward as forward_kernels
 from anyflash.kernels.triton import prepare, schedule
 from anyflash.kernels.triton import tables as table_kernels
 from anyflash.kernels.triton.device import architecture, current, empty, pointer, steps
+from anyflash.kernels.triton.precision import float32_products
 from anyflash.kernels.triton.program import Functions, functions
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
@@ -290,12 +291,12 @@ class _Call:
         }
 
     def precision(self) -> str:
-        """How float32 is multiplied: as torch is set to."""
-        if self.problem.dtype != "float32" or self.device.kind == "cpu":
-            return "ieee"
-        import torch
-
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        """How the kernels multiply."""
+        return (
+            "ieee"
+            if self.problem.dtype != "float32"
+            else float32_products(architecture(self.device)).products
+        )
 
 
 def _blocks(extent: int, block: int) -> int:

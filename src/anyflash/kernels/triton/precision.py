@@ -1,0 +1,40 @@
+"""How float32 is multiplied: as it is ("ieee"), or with factors rounded to tf32 (10 bits of fraction).
+
+ANYFLASH_FLOAT32 decides where it is set, else torch's own setting for matrix products, by whichever of its
+names that was set (`allow_tf32`, `fp32_precision`, `set_float32_matmul_precision`). A device without tf32
+multiplies float32 as it is. Sums, and everything between the products, are float32 in any case.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from anyflash.core import settings
+
+Products = Literal["ieee", "tf32"]
+# AMD has tf32 on this architecture alone; Triton refuses it elsewhere.
+_AMD_TF32 = ("gfx942",)
+
+
+class Chosen(NamedTuple):
+    """`products` reaches the kernel; `why` is for `explain`."""
+
+    products: Products
+    why: str
+
+
+def float32_products(arch: str) -> Chosen:
+    """What a float32 call does on a device of architecture `arch`."""
+    wanted, by = settings.float32_products(), "ANYFLASH_FLOAT32"
+    if wanted is None:
+        wanted, by = _of_torch(), "torch.backends.cuda.matmul.fp32_precision"
+    if wanted == "tf32" and arch.startswith("gfx") and arch not in _AMD_TF32:
+        return Chosen("ieee", f"{arch} has no tf32")
+    return Chosen(wanted, f"by {by}")
+
+
+def _of_torch() -> Products:
+    import torch
+
+    # Reading `allow_tf32` raises once a program has used the newer name; this one knows what either has set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
