@@ -17,6 +17,11 @@ __all__ = ["FRONTEND", "torch_autograd", "torch_vmap"]
 _DENSE = torch_op.FORWARD["attention"]
 _PACKED = torch_op.FORWARD["attention_varlen"]
 
+# Asked once, because torch 2.11 cannot compile the question.
+_AUTOCAST = frozenset(
+    [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
+)
+
 threads.set_provider(torch.get_num_threads)
 
 
@@ -85,7 +90,7 @@ def _autocast(q: Tensor, *others: Tensor) -> list[Tensor]:
     """q, k and v in the autocast dtype, as torch's own attention takes them; float64 stays."""
     kind = q.device.type
     tensors = [q, *others]
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors]

@@ -57,7 +57,8 @@ class Mask:
         level: int = _TIGHT,
     ) -> None:
         self._build = build
-        self._text = text or f"Mask({getattr(build, '__name__', repr(build))})"
+        # Not `text or`: inside torch.compile torch 2.11 cannot branch on a formatted text.
+        self._text = f"Mask({getattr(build, '__name__', repr(build))})" if text is None else text
         self._needs = needs
         self._level = level
 
