@@ -49,7 +49,11 @@ _MOSAIC = (
 _MOSAIC_TESTS = ("tests/adapters/test_composer.py", "tests/adapters/test_llm_foundry.py")
 
 _COMPILED = ("tests/gpu/test_compiled.py", "tests/gpu/test_compiled_others.py")
-_INTERPRETED = ("tests/gpu/test_interpreted.py", "tests/gpu/test_precision.py")
+_INTERPRETED = (
+    "tests/gpu/test_interpreted.py",
+    "tests/gpu/test_interpreted_device.py",
+    "tests/gpu/test_precision.py",
+)
 
 OVERLAYS = {
     "triton39": Overlay(("triton==3.9.0",), _COMPILED, _INTERPRETED),

@@ -112,7 +112,7 @@ def test_tables(name: str, arch: str) -> None:
             assert found.products > 0
     else:
         by = dict(zip(("BY_BATCH", "BY_HEAD", "BY_ROW", "BY_K"), owners, strict=True))
-        blocks = (16, 4, 64, 128, 16, 4)
+        blocks = (16, 4, 64, 128, 16, 4, ROWS, ROWS)
         found = offline.compiled(tables.owned, arch, *arrays, *layout, *blocks, *numbers, **by, **constants)
         assert found.products > 0
 

@@ -64,7 +64,8 @@ def summary(problem: Problem, device: Device) -> str:
     q, k, v = problem.q_shape, problem.k_shape, problem.v_shape
     parts = [f"attention of q {q}, k {k}, v {v} in {problem.dtype} on {device}"]
     if problem.addressing == "varlen":
-        parts.append(f"{problem.batch} sequences, longest {problem.seqlen_q} and {problem.seqlen_k}")
+        longest = "longest" if device.kind == "cpu" else "of at most"
+        parts.append(f"{problem.batch} sequences, {longest} {problem.seqlen_q} and {problem.seqlen_k}")
     elif problem.addressing == "paged":
         parts.append(
             f"{problem.batch} sequences in a cache, longest {problem.seqlen_q} and at most {problem.seqlen_k}"

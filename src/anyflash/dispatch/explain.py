@@ -53,8 +53,9 @@ class Explanation:
 
     backend     the one that would run, None if none can
     config      its configuration
-    tiles       how many tiles the mask empties, None if it reads tables that the host cannot
+    tiles       how many tiles the mask empties, None if the host cannot read its tables or the lengths
     cost        operations in tiles that are not skipped, and bytes
+    exact       whether lengths were read; those on a device are not, and then `cost` is an upper bound
     facts       what the backend says of itself: instruction set, threads, scratch bytes
     declined    each other backend's reasons
     """
@@ -67,6 +68,7 @@ class Explanation:
     cost: Cost
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     declined: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    exact: bool = True
 
     def __str__(self) -> str:
         program = self.problem.program
@@ -79,21 +81,24 @@ class Explanation:
         if self.problem.tables:
             tables = enumerate(self.problem.tables)
             rows["tables"] = ", ".join(f"table{slot} {spec.dtype} {spec.shape}" for slot, spec in tables)
-        rows["tiles"] = self.tiles or "unknown: the mask reads tables outside host memory"
-        cost = self.cost
+        rows["tiles"] = self.tiles or f"unknown: {self._unread()} outside host memory"
+        cost, at_most = self.cost, "" if self.exact else "at most "
         rows["operations"] = (
-            f"{_scaled(cost.flops_forward, 'FLOP')} forward, "
+            f"{at_most}{_scaled(cost.flops_forward, 'FLOP')} forward, "
             f"{_scaled(cost.flops_backward, 'FLOP')} backward, in tiles that are not skipped"
         )
         rows["bytes"] = (
-            f"{_scaled(cost.bytes_forward, 'B')} forward, {_scaled(cost.bytes_backward, 'B')} backward, "
-            "each array once"
+            f"{at_most}{_scaled(cost.bytes_forward, 'B')} forward, "
+            f"{_scaled(cost.bytes_backward, 'B')} backward, each array once"
         )
         rows.update(self.facts)
         rows.update({f"not {name}": "; ".join(why) for name, why in self.declined.items()})
         width = max(map(len, rows))
         lines = [f"  {name:<{width}}  {value}" for name, value in rows.items()]
         return "\n".join([summary(self.problem, self.device), *lines])
+
+    def _unread(self) -> str:
+        return "the mask reads tables" if self.exact else "the lengths lie"
 
 
 def explain(problem: Problem, operands: Operands, backend: str | None = None) -> Explanation:
@@ -122,13 +127,12 @@ def explain(problem: Problem, operands: Operands, backend: str | None = None) ->
         facts.update(guard(chosen, "explaining itself", chosen.explain, problem, config))
     tiles = count_tiles(problem, operands, facts.pop("block_q", _BLOCK), facts.pop("block_k", _BLOCK))
     kept = 1.0 if tiles is None or not tiles.total else 1 - tiles.empty / tiles.total
-    lengths = None
-    if problem.addressing != "dense":
-        q_lens, k_lens = sequence_lengths(problem, operands)
-        lengths = list(zip(q_lens.tolist(), k_lens.tolist(), strict=True))
+    lengths, read = None, sequence_lengths(problem, operands)
+    if problem.addressing != "dense" and read is not None:
+        lengths = list(zip(read[0].tolist(), read[1].tolist(), strict=True))
     name = None if chosen is None else chosen.name
     costs = cost(problem, kept, lengths)
-    return Explanation(problem, device, name, config, tiles, costs, facts, declined)
+    return Explanation(problem, device, name, config, tiles, costs, facts, declined, read is not None)
 
 
 def count_tiles(problem: Problem, operands: Operands, block_q: int, block_k: int) -> Tiles | None:
@@ -140,7 +144,10 @@ def count_tiles(problem: Problem, operands: Operands, block_q: int, block_k: int
         if any(table.device.kind != "cpu" or table.ptr is None for table in operands.tables):
             return None
         tables = [as_numpy(table) for table in operands.tables]
-    q_lens, k_lens = sequence_lengths(problem, operands)
+    lengths = sequence_lengths(problem, operands)
+    if lengths is None:
+        return None
+    q_lens, k_lens = lengths
     planes = problem.batch * problem.heads_q
     while planes * -(-problem.seqlen_q // block_q) * -(-problem.seqlen_k // block_k) > _MAX_TILES:
         block_q, block_k = 2 * block_q, 2 * block_k

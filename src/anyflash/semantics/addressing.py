@@ -1,6 +1,11 @@
 """Where the rows of each sequence lie: dense arrays, or packed ones with cumulative lengths.
 
 The canonical axes are (batch, tokens, heads, dim) for dense arrays and (tokens, heads, dim) for packed ones.
+
+Lengths in host memory are read and checked before a call runs. Those on a device are not: the host would
+have to wait for them, and a captured graph may run again with others. What is known of them is their bounds,
+the rows of the arrays; kernels hold every value inside those, so that a wrong one gives a wrong result and no
+access outside.
 """
 
 from __future__ import annotations
@@ -56,7 +61,7 @@ class Varlen:
     """What lengths of a packed call say, in numbers: part of the key under which its Problem is kept.
 
     `longest_*` are the longest sequences; `q` is the range of query positions and `k_len` that of usable
-    keys, over all sequences.
+    keys, over all sequences. If they were not `read`, all of these are bounds.
     """
 
     batch: int
@@ -65,6 +70,7 @@ class Varlen:
     q: tuple[int, int]
     q_len: tuple[int, int]
     k_len: tuple[int, int]
+    read: bool = True
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
@@ -83,6 +89,11 @@ _MAX_KEPT, _MAX_KEPT_SIZE = 256, 4097
 _read: dict[tuple[Any, ...], Lengths] = {}
 
 
+def readable(view: View) -> bool:
+    """Does the host read what an array of integers holds? Not on a device: that would wait for it."""
+    return view.device.kind == "cpu"
+
+
 def read_lengths(
     cu_seqlens_q: View | None, cu_seqlens_k: View | None, seqused_k: View | None, total_q: int, total_k: int
 ) -> Lengths:
@@ -91,10 +102,14 @@ def read_lengths(
 
     The returned views are contiguous int32 whatever came in, and a copy, so that what was checked is what
     runs. Layers of a model share their lengths, so what was read is kept by the bytes it was read from.
+
+    On a device only dtypes and shapes are checked, and the views are those that came in.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise InvalidCall(missing, "None", "(sequences + 1,) cumulative lengths of the packed rows")
+    if not readable(cu_seqlens_q):
+        return _bound_lengths(cu_seqlens_q, cu_seqlens_k, seqused_k, total_q, total_k)
     key = (
         read_bytes("cu_seqlens_q", cu_seqlens_q),
         read_bytes("cu_seqlens_k", cu_seqlens_k),
@@ -124,12 +139,34 @@ def read_bytes(argument: str, view: View) -> tuple[str, tuple[int, ...], bytes]:
 
 
 def check_integers(argument: str, view: View) -> None:
-    if view.dtype not in ("int32", "int64"):
-        raise InvalidCall(argument, f"dtype {view.dtype}, shape {view.shape}", "int32 or int64")
+    """Raises InvalidCall unless the host can read integers there."""
+    check_integer_dtype(argument, view)
     if view.ptr is None or view.device.kind != "cpu":
         raise InvalidCall(
             argument, f"on device {view.device}", "host memory: lengths are read before the call runs"
         )
+
+
+def check_integer_dtype(argument: str, view: View) -> None:
+    if view.dtype not in ("int32", "int64"):
+        raise InvalidCall(argument, f"dtype {view.dtype}, shape {view.shape}", "int32 or int64")
+
+
+def _bound_lengths(
+    cu_seqlens_q: View, cu_seqlens_k: View, seqused_k: View | None, total_q: int, total_k: int
+) -> Lengths:
+    """What shapes alone say."""
+    check_integer_dtype("cu_seqlens_q", cu_seqlens_q)
+    check_integer_dtype("cu_seqlens_k", cu_seqlens_k)
+    check_starts_shape("cu_seqlens_q", cu_seqlens_q)
+    check_starts_shape("cu_seqlens_k", cu_seqlens_k)
+    batch = cu_seqlens_q.shape[0] - 1
+    _check_counts(cu_seqlens_q, cu_seqlens_k)
+    if seqused_k is not None:
+        check_integer_dtype("seqused_k", seqused_k)
+        _check_used_shape(seqused_k, batch)
+    said = Varlen(batch, total_q, total_k, (-total_q, total_k - 1), (0, total_q), (0, total_k), read=False)
+    return said, cu_seqlens_q, cu_seqlens_k, seqused_k
 
 
 def _read_lengths(
@@ -138,13 +175,7 @@ def _read_lengths(
     starts_q = read_starts("cu_seqlens_q", cu_seqlens_q, total_q, "q")
     starts_k = read_starts("cu_seqlens_k", cu_seqlens_k, total_k, "k")
     batch = len(starts_q) - 1
-    if len(starts_k) != batch + 1:
-        raise InvalidCall(
-            "cu_seqlens_k",
-            f"shape {cu_seqlens_k.shape}",
-            f"{cu_seqlens_q.shape} as cu_seqlens_q has",
-            "Both hold one entry more than there are sequences",
-        )
+    _check_counts(cu_seqlens_q, cu_seqlens_k)
     q_lens, k_lens = np.diff(starts_q), np.diff(starts_k)
     longest_q, longest_k = int(q_lens.max(initial=0)), int(k_lens.max(initial=0))
     used = None
@@ -166,10 +197,7 @@ def _read_lengths(
 
 def read_starts(argument: str, view: View, total: int, packed: str) -> NDArray[np.int32]:
     """Cumulative lengths of the rows of `packed`, checked."""
-    if view.ndim != 1 or view.shape[0] < 1:
-        raise InvalidCall(
-            argument, f"shape {view.shape}", "(sequences + 1,)", "It starts with 0 and ends with the total"
-        )
+    check_starts_shape(argument, view)
     starts = as_numpy(view).astype(np.int64)
     if starts[0] != 0:
         raise InvalidCall(argument, f"starts with {starts[0]}", "0 as its first entry")
@@ -193,9 +221,30 @@ def read_starts(argument: str, view: View, total: int, packed: str) -> NDArray[n
     return starts.astype(np.int32)
 
 
+def check_starts_shape(argument: str, view: View) -> None:
+    if view.ndim != 1 or view.shape[0] < 1:
+        raise InvalidCall(
+            argument, f"shape {view.shape}", "(sequences + 1,)", "It starts with 0 and ends with the total"
+        )
+
+
+def _check_counts(cu_seqlens_q: View, cu_seqlens_k: View) -> None:
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise InvalidCall(
+            "cu_seqlens_k",
+            f"shape {cu_seqlens_k.shape}",
+            f"{cu_seqlens_q.shape} as cu_seqlens_q has",
+            "Both hold one entry more than there are sequences",
+        )
+
+
+def _check_used_shape(view: View, batch: int) -> None:
+    if view.shape != (batch,):
+        raise InvalidCall("seqused_k", f"shape {view.shape}", f"({batch},), one entry a sequence")
+
+
 def _used(view: View, k_lens: NDArray[np.int32]) -> NDArray[np.int32]:
-    if view.shape != k_lens.shape:
-        raise InvalidCall("seqused_k", f"shape {view.shape}", f"{k_lens.shape}, one entry a sequence")
+    _check_used_shape(view, len(k_lens))
     used = as_numpy(view).astype(np.int64)
     wrong = np.flatnonzero((used < 0) | (used > k_lens))
     if len(wrong):
@@ -215,12 +264,19 @@ def view_of(array: NDArray[np.int32]) -> View:
     )
 
 
-def sequence_lengths(problem: Problem, operands: Operands) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Queries and usable keys of each sequence, (batch,) both. `operands` are those that `describe` gave."""
+def sequence_lengths(
+    problem: Problem, operands: Operands
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Queries and usable keys of each sequence, (batch,) both; None if they lie where they are not read.
+    `operands` are those that `describe` gave."""
     if problem.addressing == "dense":
         whole = np.ones(problem.batch, np.int64)
         return whole * problem.seqlen_q, whole * problem.seqlen_k
     starts_q, starts_k, used = operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k
+    if problem.addressing == "paged" and used is None:
+        return None
+    if any(view is not None and not readable(view) for view in (starts_q, starts_k, used)):
+        return None
     if used is not None:
         k_lens = as_numpy(used)
     else:

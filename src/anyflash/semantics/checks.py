@@ -130,7 +130,7 @@ def problem_of(
         if sinks.shape != (heads_q,):
             raise InvalidCall("sinks", f"shape {sinks.shape}", f"({heads_q},), one logit a query head")
     ranges = {**ranges, "batch": (0, batch - 1), "head": (0, heads_q - 1)}
-    _check_tables(program, tables, names, ranges)
+    _check_tables(program, tables, names, ranges, lengths is None or lengths.read)
     return Problem(
         program=program,
         dtype=q.dtype,
@@ -157,9 +157,14 @@ def problem_of(
 
 
 def _check_tables(
-    program: Program, tables: Sequence[View], names: Sequence[str], ranges: dict[str, tuple[int, int]]
+    program: Program,
+    tables: Sequence[View],
+    names: Sequence[str],
+    ranges: dict[str, tuple[int, int]],
+    exact: bool,
 ) -> None:
-    """Every load names a table of the right rank and kind, with indices that can lie inside it."""
+    """Every load names a table of the right rank and kind, with indices that can lie inside it. Ranges of
+    positions are bounds unless `exact`."""
     used: set[int] = set()
 
     def check(node: Expr) -> None:
@@ -184,7 +189,7 @@ def _check_tables(
                 name, f"shape {table.shape}", f"{len(node.args)} axes, as {text.pretty(node)} reads it"
             )
         for axis, (index, extent) in enumerate(zip(node.args, table.shape, strict=True)):
-            _check_index(name, table, axis, index, extent, ranges)
+            _check_index(name, table, axis, index, extent, ranges, exact)
 
     for source in (program.score, program.mask):
         if source is not None:
@@ -194,12 +199,19 @@ def _check_tables(
 
 
 def _check_index(
-    name: str, table: View, axis: int, index: Expr, extent: int, ranges: dict[str, tuple[int, int]]
+    name: str,
+    table: View,
+    axis: int,
+    index: Expr,
+    extent: int,
+    ranges: dict[str, tuple[int, int]],
+    exact: bool,
 ) -> None:
     if any(low > high for low, high in ranges.values()):
         return  # there is no pair of a query and a key, so nothing is read
     low, high = (int(end) for end in bound(index, ranges, Numbers()))
-    inside = low >= 0 and high < extent if index.op == "var" else low < extent and high >= 0
+    whole = index.op == "var" and (exact or index.value in ("batch", "head"))
+    inside = low >= 0 and high < extent if whole else low < extent and high >= 0
     if not inside:
         raise InvalidCall(
             name,

@@ -31,7 +31,8 @@ def cost(problem: Problem, allowed: float = 1.0, lengths: Sequence[tuple[int, in
 
     allowed   share of the pairs that the mask leaves, 0 to 1
     lengths   (queries, keys) of each sequence of a packed call, or one over a cache; without them the
-              number of pairs is an upper bound, from the longest lengths and the totals
+              number of pairs is an upper bound, from the longest lengths and the totals: all that is known
+              of lengths on a device
 
     Exponentials and the program's own arithmetic are not counted, as is the custom in the field.
 

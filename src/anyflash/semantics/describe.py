@@ -2,7 +2,7 @@
 
 `describe_program` (keywords.py) turns keyword arguments into a Program and needs shapes and dtypes only, so
 that a framework can call it while tracing; `describe` takes the program and the views and is where values are
-read.
+read, if they lie in host memory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def describe(
     q, k, v       views in `layout`: "bshd", "bhsd", or "thd" with cu_seqlens
     tables        in slot order; `names` says which argument each came from, for messages
     needs_grad    per table: is its gradient wanted
-    cu_seqlens_*  (sequences + 1,) int32 or int64, from 0, ascending, read here
+    cu_seqlens_*  (sequences + 1,) int32 or int64, from 0, ascending. In host memory they are read and
+                  checked here; on a device only their shapes are, and the Problem's lengths are bounds
     seqused_k     (sequences,) how many keys of each sequence exist
     seed          of dropout
 

@@ -61,12 +61,14 @@ class Problem:
 
     Dimensions are those of the canonical axes: q (batch, seqlen_q, heads_q, head_dim), k (batch, seqlen_k,
     heads_kv, head_dim), v (.., head_dim_v). With addressing "varlen" the arrays are packed, (total, heads,
-    dim), `batch` counts sequences and `seqlen_*` are the longest lengths.
+    dim), `batch` counts sequences and `seqlen_*` are the longest lengths, or where those lie on a device,
+    which nobody has read, the totals: a kernel may take them for bounds alone.
 
     With addressing "paged" k and v lie in pages, (num_pages, page_size, heads_kv, dim), and `Operands` says
     which pages are whose; a dense cache is one page a sequence. q is dense, or packed if `packed`.
     `seqlen_q` is the longest length of queries; `seqlen_k` is a power of two that no sequence's keys exceed
-    (0 if there are none), so that the steps of a decoding are mostly one problem. Forward only.
+    (0 if there are none), so that the steps of a decoding are mostly one problem. On a device they are bounds
+    again: the total of packed queries, and the slots of a sequence. Forward only.
     """
 
     program: Program

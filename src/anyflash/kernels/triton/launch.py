@@ -7,6 +7,7 @@ travels as arguments. Nothing here waits for the device.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 from anyflash.core.device import Device
@@ -116,7 +117,7 @@ def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
         delta,
         partial,
         pointer(operands.sinks) if operands.sinks is not None else None,
-        pointer(operands.cu_seqlens_q) if problem.packed_q else None,
+        call.lengths[0],
         _rows(saved.out),
         _rows(saved.dout),
         _lse_steps(problem, steps(saved.dlse)) if saved.dlse is not None else (0, 0, 0),
@@ -125,7 +126,7 @@ def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
         blocks,
         problem.batch,
         problem.heads_q,
-        problem.seqlen_q,
+        call.extents[0],
         call.unit,
         DLSE=saved.dlse is not None,
         SINKS=sinks,
@@ -244,22 +245,37 @@ class _Call:
 
     def shared_arrays(self) -> list[Any]:
         """sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables."""
+        sinks = self.operands.sinks
+        tables = tuple([(pointer(t), steps(t), tuple(t.shape)) for t in self.operands.tables])
+        return [None if sinks is None else pointer(sinks), *self.lengths, tables]
+
+    @cached_property
+    def lengths(self) -> tuple[Any, Any, Any]:
+        """cu_seqlens_q, cu_seqlens_k, seqused_k: kernels read them as rows of neighbours."""
         operands = self.operands
-        views = (operands.sinks, operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k)
-        found: list[Any] = [None if view is None else pointer(view) for view in views]
-        tables = tuple([(pointer(t), steps(t), tuple(t.shape)) for t in operands.tables])
-        return [*found, tables]
+        return (
+            _neighbours(operands.cu_seqlens_q),
+            _neighbours(operands.cu_seqlens_k),
+            _neighbours(operands.seqused_k),
+        )
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        """Rows and keys: of a dense sequence, or of all packed ones."""
+        problem = self.problem
+        if problem.packed_q:
+            return problem.total_q, problem.total_k
+        return problem.seqlen_q, problem.seqlen_k
 
     def numbers(self) -> tuple[Any, ...]:
-        """heads, group, seqlen_q, seqlen_k, scale, unit, seed, threshold, keep_scale."""
+        """heads, group, extents, scale, unit, seed, threshold, keep_scale."""
         problem, p = self.problem, self.problem.program.dropout_p
         drop = threshold(p)
         seed = self.operands.seed
         return (
             problem.heads_q,
             problem.group,
-            problem.seqlen_q,
-            problem.seqlen_k,
+            *self.extents,
             float(problem.scale),
             self.unit,
             seed - (1 << 64) if seed >> 63 else seed,
@@ -330,13 +346,12 @@ def _stats_steps(problem: Problem, found: tuple[int, ...]) -> tuple[int, ...]:
 
 def _fill_rows_of_no_sequence(call: _Call, results: Results) -> None:
     """Packed rows behind the last sequence have no block that would write them."""
-    problem, cumulative = call.problem, call.operands.cu_seqlens_q
-    assert cumulative is not None
+    problem = call.problem
     prepare.fill_rest[(problem.heads_q,)](
         pointer(results.out),
         pointer(results.lse),
         pointer(results.stats),
-        pointer(cumulative),
+        call.lengths[0],
         _rows(results.out),
         _lse_steps(problem, steps(results.lse)),
         _stats_steps(problem, steps(results.stats)),
@@ -346,6 +361,17 @@ def _fill_rows_of_no_sequence(call: _Call, results: Results) -> None:
         WIDTH=max(16, 1 << (problem.head_dim_v - 1).bit_length()),
         BLOCK=16,
     )
+
+
+def _neighbours(view: View | None) -> Any:
+    """A kernel's argument for a vector: its memory, or a copy without gaps."""
+    if view is None:
+        return None
+    if view.size < 2 or steps(view) == (1,):
+        return pointer(view)
+    copied, block = empty(view.shape, view.device, view.dtype), 256
+    prepare.copy[(_blocks(view.size, block),)](pointer(view), copied, steps(view)[0], view.size, BLOCK=block)
+    return copied
 
 
 def _zero(view: View) -> None:

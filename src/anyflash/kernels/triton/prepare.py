@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from anyflash.kernels.triton.elementary import whole
-from anyflash.kernels.triton.sequences import which
+from anyflash.kernels.triton.sequences import held, span, which
 from anyflash.kernels.triton.tiles import pieces
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -32,8 +32,7 @@ def delta(
     first_row = block * BLOCK
     q_start, q_len = tl.full([], 0, tl.int64), seqlen_q
     if PACKED:
-        q_start = tl.load(cu_seqlens_q + batch).to(tl.int64)
-        q_len = (tl.load(cu_seqlens_q + batch + 1) - q_start).to(tl.int32)
+        q_start, q_len = span(cu_seqlens_q, batch, seqlen_q)
     entry, wide_head = whole(batch), whole(head)
     out += entry * out_steps[0] + q_start * out_steps[1] + wide_head * out_steps[2]
     dout += entry * dout_steps[0] + q_start * dout_steps[1] + wide_head * dout_steps[2]
@@ -84,7 +83,7 @@ def fill_rest(
 ):  # fmt: skip
     """Grid: (heads,). Rows past the last sequence: out 0, lse -inf, stats (-inf, 0)."""
     head = tl.program_id(0).to(tl.int64)
-    used = tl.load(cu_seqlens_q + batch).to(tl.int32)
+    used = held(cu_seqlens_q, batch, total).to(tl.int32)
     columns = tl.arange(0, WIDTH)
     for first in range(used, total, BLOCK):
         rows = first + tl.arange(0, BLOCK)
@@ -113,6 +112,13 @@ def stats_of_lse(lse, stats, lse_steps, stats_steps, size: tl.int64, heads, rows
     place = entry * stats_steps[1] + head * stats_steps[2] + row * stats_steps[3]
     tl.store(stats + place, tl.where(none, 0.0, given * (LOG2_E / unit)), mask=there)
     tl.store(stats + place + stats_steps[0], tl.where(none, float("inf"), 0.0), mask=there)
+
+
+@triton.jit
+def copy(source, target, step: tl.int64, size, BLOCK: tl.constexpr):
+    """One program for each block of elements of a vector that lie `step` apart."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at.to(tl.int64) * step, mask=at < size, other=0), mask=at < size)
 
 
 @triton.jit

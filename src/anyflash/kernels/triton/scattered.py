@@ -71,7 +71,7 @@ def scatter(
     factor = 1.0
     if ADD:
         factor = tl.exp2(power_of_unit(tl.load(bound)))
-    for tile in range(tl.cdiv(k_len, BLOCK_N)):
+    for tile in range(tl.where(first_row < q_len, tl.cdiv(k_len, BLOCK_N), 0)):
         first_k = tile * BLOCK_N
         if class_of(first_row, first_k, at, tables, TILE_CLASS, MASK, BLOCK_M, BLOCK_N) > 0:
             # (BLOCK_M, BLOCK_N)

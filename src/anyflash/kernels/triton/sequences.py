@@ -1,27 +1,45 @@
-"""Where a batch entry's rows and keys lie, and the classes of its tiles."""
+"""Where a batch entry's rows and keys lie, and the classes of its tiles.
+
+Lengths on a GPU have been read by nobody before a kernel reads them here. Each is held inside the array that
+it is about, 0 <= start <= end <= total, so that a wrong one leads to a wrong result and never outside.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from anyflash.kernels.triton.elementary import whole
+
+
+@triton.jit
+def held(lengths, at, greatest):
+    """Entry `at` of an array of lengths, (n,) int32 or int64, in 64 bits, from 0 to `greatest`."""
+    return tl.minimum(tl.maximum(tl.load(lengths + at).to(tl.int64), 0), whole(greatest))
+
+
+@triton.jit
+def span(cu_seqlens, batch, total):
+    """First row of a packed sequence, in 64 bits for addresses, and its number of rows."""
+    start = held(cu_seqlens, batch, total)
+    return start, tl.maximum(held(cu_seqlens, batch + 1, total) - start, 0).to(tl.int32)
+
 
 @triton.jit
 def sequence(batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k,
              PACKED: tl.constexpr, USED: tl.constexpr):  # fmt: skip
-    """First row and number of rows, first key and number of keys; firsts in 64 bits, for addresses."""
+    """First row and number of rows, first key and number of keys; firsts in 64 bits, for addresses.
+    Packed, `seqlen_*` are the totals."""
     if PACKED:
-        q_start = tl.load(cu_seqlens_q + batch).to(tl.int64)
-        q_len = (tl.load(cu_seqlens_q + batch + 1) - q_start).to(tl.int32)
-        k_start = tl.load(cu_seqlens_k + batch).to(tl.int64)
-        k_len = (tl.load(cu_seqlens_k + batch + 1) - k_start).to(tl.int32)
+        q_start, q_len = span(cu_seqlens_q, batch, seqlen_q)
+        k_start, k_len = span(cu_seqlens_k, batch, seqlen_k)
     else:
         q_start = tl.full([], 0, tl.int64)
         k_start = tl.full([], 0, tl.int64)
         q_len = tl.full([], 0, tl.int32) + seqlen_q
         k_len = tl.full([], 0, tl.int32) + seqlen_k
     if USED:
-        k_len = tl.load(seqused_k + batch).to(tl.int32)
+        k_len = held(seqused_k, batch, k_len).to(tl.int32)
     return q_start, q_len, k_start, k_len
 
 
@@ -31,7 +49,8 @@ def which(blocks, heads, batch, cu_seqlens, PACKED: tl.constexpr, BLOCK: tl.cons
 
     Packed, nobody has read how long the sequences are. Sequence s is given the blocks from cu_seqlens[s] //
     BLOCK + s on, which are enough, and `blocks` counts those of all; the sequence of a block is found by
-    halving. A block past the end of its sequence has nothing to do.
+    halving. A block past the end of its sequence has nothing to do, nor has one that no sequence is found
+    for, which wrong lengths can bring about.
     """
     place = tl.program_id(0)
     block = place % blocks
@@ -41,10 +60,11 @@ def which(blocks, heads, batch, cu_seqlens, PACKED: tl.constexpr, BLOCK: tl.cons
         low, high = entry * 0, batch + entry * 0
         while high - low > 1:
             middle = (low + high) // 2
-            first = tl.load(cu_seqlens + middle).to(tl.int32) // BLOCK + middle
+            first = held(cu_seqlens, middle, blocks * BLOCK).to(tl.int32) // BLOCK + middle
             low = tl.where(first <= block, middle, low)
             high = tl.where(first <= block, high, middle)
-        block -= tl.load(cu_seqlens + low).to(tl.int32) // BLOCK + low
+        block -= held(cu_seqlens, low, blocks * BLOCK).to(tl.int32) // BLOCK + low
+        block = tl.where(block < 0, blocks, block)
         entry = low
     return block, head, entry
 

@@ -36,7 +36,7 @@ _AXES = ("batch", "head", "row", "k")
 def owned(
     q, k, v, dout, stats, delta, grad, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     q_steps, k_steps, v_steps, dout_steps, stats_steps, delta_steps, grad_steps, split_step,
-    batch, row_blocks, k_blocks, splits, blocks_a_split,
+    batch, row_blocks, k_blocks, splits, blocks_a_split, own_rows, own_keys,
     heads, group, seqlen_q, seqlen_k, scale, unit, seed: tl.int64, threshold: tl.int64, keep_scale,
     SCORE: tl.constexpr, SLOPE_OF: tl.constexpr, PLACE_OF: tl.constexpr, ALLOWED: tl.constexpr,
     TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
@@ -47,7 +47,8 @@ def owned(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program for each element block: (batch), (head), (block of rows, or a share of them), (block of
-    keys), each only if the table has the axis. `grad` is added to, at `split_step` times the share."""
+    keys), each only if the table has the axis. `grad` is added to, at `split_step` times the share.
+    `own_*` are how many elements it has along rows and keys."""
     own = tl.program_id(0)
     first_block, end_block = own * 0, row_blocks + own * 0
     share = own * 0
@@ -95,14 +96,14 @@ def owned(
                         )  # fmt: skip
     row = (first_block * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     key = (first_tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    there = (row < seqlen_q) & (key < seqlen_k)
+    there = (row < own_rows) & (key < own_keys)
     if not BY_ROW:
         total = tl.sum(total, 0, keep_dims=True)
         row = row * 0 + 0
-        there = key < seqlen_k
+        there = key < own_keys
     if not BY_K:
         total = tl.sum(total, 1, keep_dims=True)
-        there = row < seqlen_q
+        there = row < own_rows
     if not BY_ROW:
         row = tl.zeros([1, 1], tl.int32)
         if not BY_K:
@@ -134,7 +135,6 @@ def run(call: _Call, slot: int, grad: View, arrays: list[Any], layout: list[Any]
     problem = call.problem
     tiles = call.tiles("backward_dq")
     row_blocks = -(-problem.seqlen_q // tiles.block_m)
-    k_blocks = -(-problem.seqlen_k // tiles.block_n)
     loads = table_derivatives(parse(problem.program.score or "score"), slot)
     splits = min(SPLITS, row_blocks)
     partial: Any = None
@@ -153,20 +153,22 @@ def run(call: _Call, slot: int, grad: View, arrays: list[Any], layout: list[Any]
         by = dict(
             zip(("BY_BATCH", "BY_HEAD", "BY_ROW", "BY_K"), (axis in axes for axis in _AXES), strict=True)
         )
+        rows, keys = axes.get("row", problem.seqlen_q), axes.get("k", problem.seqlen_k)
+        blocks, k_blocks = -(-rows // tiles.block_m), -(-keys // tiles.block_n)
         shares = 1 if by["BY_ROW"] else splits
         target, target_steps, split_step = pointer(grad), steps(grad), 0
         if shares > 1:
             if partial is None:
                 partial = empty((shares, *grad.shape), call.device).zero_()
             target, target_steps, split_step = partial, partial.stride()[1:], partial.stride(0)
-        extents = {"batch": problem.batch, "head": problem.heads_q, "row": row_blocks, "k": k_blocks}
+        extents = {**axes, "row": blocks, "k": k_blocks}
         grid = shares
         for axis in axes:
             grid *= extents[axis]
         owned[(grid,)](
             *arrays, target, *call.shared_arrays()[1:], *layout, target_steps, split_step,
-            problem.batch, row_blocks, k_blocks, shares, -(-row_blocks // shares), *call.numbers(), **by,
-            **constants,
+            problem.batch, blocks, k_blocks, shares, -(-blocks // shares), rows, keys, *call.numbers(),
+            **by, **constants,
         )  # fmt: skip
     if partial is not None:
         _add(partial, grad, splits)
@@ -182,8 +184,13 @@ def _add(partial: Any, grad: View, splits: int) -> None:
     )  # fmt: skip
 
 
-def _axes(call: _Call, slot: int, indices: tuple[Expr, ...]) -> set[str] | None:
-    """The variables that index the table, if each element then has one owner; None if not."""
+def _axes(call: _Call, slot: int, indices: tuple[Expr, ...]) -> dict[str, int] | None:
+    """The variables that index the table, and how many elements each reaches, if every element then has one
+    owner; None if not.
+
+    A table may be shorter than the bound of lengths that nobody has read: rows and keys past its end are not
+    there.
+    """
     problem = call.problem
     extents = {
         "batch": problem.batch,
@@ -191,13 +198,13 @@ def _axes(call: _Call, slot: int, indices: tuple[Expr, ...]) -> set[str] | None:
         "row": problem.seqlen_q,
         "k": problem.seqlen_k,
     }
-    found: set[str] = set()
+    found: dict[str, int] = {}
     for index, extent in zip(indices, problem.tables[slot].shape, strict=True):
         if index.op == "const":
             continue
         if index.op != "var" or index.value not in extents or index.value in found:
             return None
-        if extents[index.value] > extent:
+        if extents[index.value] > extent and index.value in ("batch", "head"):
             return None
-        found.add(index.value)
+        found[index.value] = min(extents[index.value], extent)
     return found
