@@ -134,4 +134,4 @@ def _index(a: Expr) -> str:
     if a.value not in _POSITIONS:
         return f"clamped({a.value}"
     extent = "BLOCK_N" if a.value == "k" else "BLOCK_M"
-    return f"clamped(tl.minimum({a.value}_low + tl.arange(0, {extent}), {a.value}_high)"
+    return f"clamped(tl.minimum({a.value}_low + indices({extent}), {a.value}_high)"

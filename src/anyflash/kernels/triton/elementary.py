@@ -10,6 +10,12 @@ _LIMIT = tl.constexpr(2**31)
 
 
 @triton.jit
+def indices(EXTENT: tl.constexpr):
+    """0 to EXTENT - 1."""
+    return tl.arange(0, EXTENT)
+
+
+@triton.jit
 def clamped(index, extent):
     """A table's index, held inside the axis, in 64 bits for the address."""
     return tl.maximum(tl.minimum(whole(index), extent - 1), 0)

@@ -9,6 +9,9 @@
 
 Kernels take them as constants, so that one kernel file serves every program. `at...` is batch, head, row,
 q, k, q_len, k_len, tables; a table is (pointer, strides, extents), strides in elements.
+
+The same text serves two dialects, Triton and Gluon: what differs is the language that `tl` names, the
+decorator, and the functions of `elementary`, which each has.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import hashlib
 import linecache
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from anyflash.kernels.triton.bounds import write_class
 from anyflash.kernels.triton.expressions import Writer
@@ -33,13 +36,19 @@ _ENDS = (
     "batch, head, row_low, row_high, q_low, q_high, k_low, k_high, q_len, k_len, tables, "
     "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr"
 )
-_HEAD = """import triton
-import triton.language as tl
+Dialect = Literal["triton", "gluon"]
+_NAMES = "clamped, floor_div, floor_mod, indices, maximum, minimum, saturated, scalar, tanh, truth, whole"
+_HEADS: dict[Dialect, str] = {
+    "triton": f"""import triton.language as tl
+from triton import jit
 
-from anyflash.kernels.triton.elementary import (
-    clamped, floor_div, floor_mod, maximum, minimum, saturated, scalar, tanh, truth, whole
-)
-"""
+from anyflash.kernels.triton.elementary import {_NAMES}
+""",
+    "gluon": f"""from triton.experimental.gluon import jit, language as tl
+
+from anyflash.kernels.gluon.elementary import {_NAMES}
+""",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +68,13 @@ class Functions:
 
 
 @lru_cache(maxsize=256)
-def functions(score: str | None, mask: str | None, dtypes: tuple[str, ...]) -> Functions:
+def functions(
+    score: str | None, mask: str | None, dtypes: tuple[str, ...], dialect: Dialect = "triton"
+) -> Functions:
     """The functions of two expression texts; `dtypes` are those of the tables, by slot."""
     tables = tuple(TableSpec(dtype, ()) for dtype in dtypes)
     formula, condition = parse(score or "score"), parse(mask or "true")
-    parts = [_HEAD]
+    parts = [_HEADS[dialect]]
     parts.append(_function("final_score", f"score, {_AT}", tables, formula))
     parts.append(_function("slope", f"score, {_AT}", tables, derivative(formula)))
     parts.append(_function("allowed", _AT, tables, condition))
@@ -113,7 +124,7 @@ def _place_function(name: str, tables: tuple[TableSpec, ...], slot: int, indices
 
 def _text(name: str, parameters: str, writer: Writer, result: str) -> str:
     body = "".join(f"    {line}\n" for line in (*writer.lines, f"return {result}"))
-    return f"@triton.jit\ndef {name}({parameters}):\n{body}"
+    return f"@jit\ndef {name}({parameters}):\n{body}"
 
 
 def _module(source: str) -> dict[str, Any]:

@@ -1,0 +1,24 @@
+"""Attention for Hopper (sm_90) in Gluon: warp-specialised kernels, compiled by Triton 3.6 to 3.9.
+
+    hopper.py        TMA, barriers, wgmma: the only module that knows Gluon's versions
+    pipeline.py      rings of shared-memory stages, and the turns of ping-pong
+    sequences.py     work items, where their rows and keys lie, coordinates of TMA boxes
+    versions.py      which versions of Triton
+    elementary.py    what generated source calls, in this dialect
+    mask.py          runs of key tiles of one class; scores with program and mask
+    softmax.py       one online step
+    forward.py       out, lse, stats
+    schedule.py      tiles, stages, consumers and registers by head_dim; shared memory, order of work
+    launch.py        views to descriptors and launches
+
+A kernel is one block of threads whose warpgroups have parts: a producer (one warp) moves tiles by TMA into
+rings, consumers multiply and never address global memory for q, k and v. Score programs and masks are device
+functions that `kernels/triton/program.py` writes, here in Gluon's dialect.
+
+Rules: operations of hopper.py are reached by its names only, imported one by one, because tests replace
+exactly those; every shape is a power of two; a head_dim is rounded up to 64, 128 or 256 and TMA fills the
+rest with zeros; rows past the end of a sequence are zeros too, never another sequence's; counters number the
+uses of ring stages, so that a barrier's phase goes on from one work item to the next.
+
+None of it has run on a GPU yet.
+"""

@@ -1,0 +1,350 @@
+"""The forward: out, lse and stats.
+
+    s   = program(scale q . k)      without a program s stays q . k, and `unit` has the scale
+    p   = softmax of s over keys    online, see softmax.py
+    out = p . v / l
+
+A work item is BLOCK_M = 64 * CONSUMERS rows of one head. The producer loads its q, one tile of 64 rows for
+each consumer, and then k and v tile by tile, from the last keys to the first. A consumer has 64 rows. For
+tile j it issues S_j = q . k_j and then out += P_(j-1) . v_(j-1); softmax j runs while the second is computed.
+Consumers take turns in issuing, so that one's softmax also runs under another's products. Blocks are
+persistent: each takes the items i, i + programs, ...
+
+    layout      s  (64, BLOCK_N)  and acc (64, DIM_V): wgmma's, one row in 4 threads, 2 rows a thread
+                p  wgmma's operand in registers: P never goes through memory
+    registers   acc DIM_V / 2, s and p BLOCK_N / 2, P BLOCK_N / 4 words a thread; see schedule.py
+    shared      q 64 * CONSUMERS * DIM, STAGES * BLOCK_N * (DIM + DIM_V), out 64 * CONSUMERS * DIM_V elements
+                (OWN_OUT; else out is put where q was), 8 bytes a barrier
+
+A configuration may change BLOCK_N, STAGES, CONSUMERS, TURNS, OWN_OUT, registers and the number of programs.
+None of them but BLOCK_N changes a result.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from anyflash.kernels.gluon.hopper import (
+    barrier_arrive,
+    barrier_expect,
+    barrier_init,
+    barrier_wait,
+    barriers,
+    fence,
+    pin,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    wgmma,
+    wgmma_wait,
+)
+from anyflash.kernels.gluon.mask import next_run, scores
+from anyflash.kernels.gluon.pipeline import (
+    await_full,
+    fill,
+    make_ring,
+    make_turns,
+    open_turns,
+    pass_turn,
+    release,
+    take_turn,
+    tile_of,
+)
+from anyflash.kernels.gluon.sequences import box, sequence, work
+from anyflash.kernels.gluon.softmax import settled, start, step
+
+
+@gluon.jit
+def item_at(item, grid, lengths, PACKED: gl.constexpr, USED: gl.constexpr, BLOCK_M: gl.constexpr):
+    """First row of an item, `at` (batch, head, q_len, k_len), and first row and key of its sequence."""
+    blocks, heads, planes, section, entries, group = grid
+    cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k = lengths
+    block, head, batch = work(item, blocks, heads, planes, section, entries, cu_seqlens_q, PACKED, BLOCK_M)
+    q_start, q_len, k_start, k_len = sequence(
+        batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
+    )
+    return block * BLOCK_M, (batch, head, q_len, k_len), q_start, k_start
+
+
+@gluon.jit
+def first_run(first_row, at, tables, TILE_CLASS: gl.constexpr, MASK: gl.constexpr, WIDE: gl.constexpr,
+              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+    """The first run of tiles of an item, from the last keys; its highest tile is -1 if there is none."""
+    last = gl.where(first_row < at[2], gl.cdiv(at[3], BLOCK_N), 0) - 1
+    if MASK:
+        kind, high, low = next_run(last, first_row, at, tables, TILE_CLASS, WIDE, BLOCK_M, BLOCK_N)
+    else:
+        kind, high, low = last * 0 + 2, last, last * 0
+    return kind, high, low
+
+
+@gluon.jit
+def producer(
+    shared, arrays, grid, lengths, tables, numbers, C: gl.constexpr, ME: gl.constexpr,
+    SCORE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
+):  # fmt: skip
+    """One warp: every load."""
+    q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
+    q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns = shared
+    CONSUMERS: gl.constexpr = C.consumers
+    STAGES: gl.constexpr = C.stages
+    BLOCK_M: gl.constexpr = 64 * CONSUMERS
+    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
+    items = grid[0] * grid[2]
+    item = gl.program_id(0)
+    taken = item * 0
+    n = item * 0
+    while item < items:
+        first_row, at, q_start, k_start = item_at(item, grid, lengths, C.packed, C.used, BLOCK_M)
+        batch, head, q_len, k_len = at
+        kv_head = head // grid[5]
+        kind, high, low = first_run(first_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
+        if first_row < q_len:
+            for i in gl.static_range(CONSUMERS):
+                barrier_wait(q_empty.index(i), (taken & 1) ^ 1)
+                barrier_expect(q_full.index(i), q.block_type.nbytes)
+                # (64, DIM)
+                tma_load(
+                    q, box(batch, head, q_start, q_len, first_row + i * 64, C.packed),
+                    q_full.index(i), q_tiles.index(i),
+                )  # fmt: skip
+            taken += 1
+        while high >= 0:
+            for j in range(high - low + 1):
+                first_k = (high - j) * BLOCK_N
+                # (BLOCK_N, DIM), (BLOCK_N, DIM_V)
+                fill(k_ring, n, k, box(batch, kv_head, k_start, k_len, first_k, C.packed), STAGES)
+                fill(v_ring, n, v, box(batch, kv_head, k_start, k_len, first_k, C.packed), STAGES)
+                n += 1
+            if C.masked:
+                kind, high, low = next_run(
+                    low - 1, first_row, at, tables, TILE_CLASS, C.wide, BLOCK_M, BLOCK_N
+                )
+            else:
+                high = low - 1
+        item += gl.num_programs(0)
+
+
+@gluon.jit
+def under_product(
+    q_tile, p, acc, state, n, turn, tile, first_row, at, k_ring, v_ring, turns, tables, numbers,
+    SCORE: gl.constexpr, ALLOWED: gl.constexpr, EDGE: gl.constexpr, C: gl.constexpr, ME: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr,
+    DIM_V: gl.constexpr,
+):  # fmt: skip
+    """Tile `tile`, use n of the rings: its scores and softmax, and the product of the tile before it."""
+    scale, unit = numbers
+    CONSUMERS: gl.constexpr = C.consumers
+    STAGES: gl.constexpr = C.stages
+    TURNS: gl.constexpr = C.turns
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    await_full(k_ring, n, STAGES)
+    take_turn(turns, turn, ME, TURNS)
+    zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
+    s = wgmma(q_tile, tile_of(k_ring, n, BLOCK_N, DIM, STAGES).permute((1, 0)), zero,
+              use_acc=False, is_async=True)  # fmt: skip
+    await_full(v_ring, n - 1, STAGES)
+    acc = wgmma(p, tile_of(v_ring, n - 1, BLOCK_N, DIM_V, STAGES), acc, is_async=True)
+    pass_turn(turns, ME, CONSUMERS, TURNS)
+    s = wgmma_wait(1, deps=(s,))
+    release(k_ring, n, STAGES)
+    s = scores(
+        s, first_row, tile * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked, EDGE, False,
+        64, BLOCK_N, S_LAYOUT,
+    )  # fmt: skip
+    weights, state, shrink = step(s, state, unit)
+    weights = pin(weights)
+    # Its phase has ended; the basic block ends here, and with it what ptxas may move.
+    await_full(v_ring, n - 1, STAGES)
+    acc, weights = wgmma_wait(0, deps=(acc, weights))
+    release(v_ring, n - 1, STAGES)
+    p = gl.convert_layout(weights.to(q_tile.dtype), P_LAYOUT)
+    acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT)), 1)
+    return p, acc, state
+
+
+@gluon.jit
+def consumer(
+    shared, arrays, grid, lengths, tables, numbers, C: gl.constexpr, ME: gl.constexpr,
+    SCORE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: rows ME * 64 to ME * 64 + 63 of every item."""
+    q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
+    q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns = shared
+    CONSUMERS: gl.constexpr = C.consumers
+    STAGES: gl.constexpr = C.stages
+    TURNS: gl.constexpr = C.turns
+    BLOCK_M: gl.constexpr = 64 * CONSUMERS
+    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
+    DIM: gl.constexpr = k.block_type.shape[-1]
+    DIM_V: gl.constexpr = v.block_type.shape[-1]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM_V, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    scale, unit = numbers
+    items = grid[0] * grid[2]
+    item = gl.program_id(0)
+    # Items taken, items that had keys, uses of the rings.
+    taken, started, n = item * 0, item * 0, item * 0
+    open_turns(ME, CONSUMERS, TURNS)
+    while item < items:
+        block_row, at, q_start, k_start = item_at(item, grid, lengths, C.packed, C.used, BLOCK_M)
+        batch, head, q_len, k_len = at
+        first_row = block_row + ME * 64
+        if block_row < q_len:
+            acc = gl.zeros([64, DIM_V], gl.float32, layout=O_LAYOUT)
+            state = start(sinks, head, unit, C.sinks, 64, gl.SliceLayout(1, S_LAYOUT))
+            kind, high, low = first_run(block_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
+            barrier_wait(q_full.index(ME), taken & 1)
+            q_tile = q_tiles.index(ME).reshape([64, DIM])
+            if high >= 0:
+                # The first tile has no product to run under, and is the one with the last key.
+                await_full(k_ring, n, STAGES)
+                zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
+                s = wgmma(q_tile, tile_of(k_ring, n, BLOCK_N, DIM, STAGES).permute((1, 0)), zero,
+                          use_acc=False, is_async=True)  # fmt: skip
+                s = wgmma_wait(0, deps=(s,))
+                release(k_ring, n, STAGES)
+                s = scores(
+                    s, first_row, high * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked,
+                    True, False, 64, BLOCK_N, S_LAYOUT,
+                )  # fmt: skip
+                weights, state, shrink = step(s, state, unit)
+                p = gl.convert_layout(weights.to(q.dtype), P_LAYOUT)
+                n += 1
+                started += 1
+                high -= 1
+                while high >= 0:
+                    count = high - low + 1
+                    if C.masked:
+                        for j in range(gl.where(kind == 1, count, 0)):
+                            p, acc, state = under_product(
+                                q_tile, p, acc, state, n, n - started, high - j, first_row, at, k_ring,
+                                v_ring, turns, tables, numbers, SCORE, ALLOWED, True, C, ME,
+                                S_LAYOUT, O_LAYOUT, BLOCK_N, DIM, DIM_V,
+                            )  # fmt: skip
+                            n += 1
+                        count = gl.where(kind == 1, 0, count)
+                    for j in range(count):
+                        p, acc, state = under_product(
+                            q_tile, p, acc, state, n, n - started, high - j, first_row, at, k_ring,
+                            v_ring, turns, tables, numbers, SCORE, ALLOWED, False, C, ME,
+                            S_LAYOUT, O_LAYOUT, BLOCK_N, DIM, DIM_V,
+                        )  # fmt: skip
+                        n += 1
+                    if C.masked:
+                        kind, high, low = next_run(
+                            low - 1, block_row, at, tables, TILE_CLASS, C.wide, BLOCK_M, BLOCK_N
+                        )
+                    else:
+                        high = low - 1
+                await_full(v_ring, n - 1, STAGES)
+                acc = wgmma(p, tile_of(v_ring, n - 1, BLOCK_N, DIM_V, STAGES), acc, is_async=True)
+                acc = wgmma_wait(0, deps=(acc,))
+                release(v_ring, n - 1, STAGES)
+            if C.own_out:
+                barrier_arrive(q_empty.index(ME), count=1)
+            finish(
+                acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles.index(ME), C, O_LAYOUT
+            )
+            if not C.own_out:
+                tma_store_wait(0)
+                barrier_arrive(q_empty.index(ME), count=1)
+            taken += 1
+        item += gl.num_programs(0)
+    tma_store_wait(0)
+
+
+@gluon.jit
+def finish(
+    acc,
+    state,
+    at,
+    q_start,
+    first_row,
+    arrays,
+    grid,
+    numbers,
+    buffer,
+    C: gl.constexpr,
+    O_LAYOUT: gl.constexpr,
+):
+    """Store the results of 64 rows. TMA leaves out what lies past the end of the sequence or of a row."""
+    q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
+    DIM_V: gl.constexpr = v.block_type.shape[-1]
+    scale, unit = numbers
+    batch, head, q_len, k_len = at
+    natural, m, log_sum, inverse = settled(state, unit)
+    rows = first_row + gl.arange(0, 64, layout=m.type.layout)
+    there = rows < q_len
+    plane = head if C.packed else batch * grid[1] + head
+    place = plane.to(gl.int64) * plane_rows + q_start + rows
+    gl.store(lse + place, natural, mask=there)
+    gl.store(stats + place, m, mask=there)
+    gl.store(stats + place + gl.cast(grid[2], gl.int64) * plane_rows, log_sum, mask=there)
+    if C.guard:
+        block = first_row // 64
+        if C.packed:
+            block += q_start // 64 + batch
+        else:
+            block = odd_blocks - 1 - block
+        broken = gl.max(gl.max(gl.where(gl.abs(acc) < float("inf"), 0, 1), 1), 0)
+        gl.store(odd + plane * odd_blocks + block, broken, mask=first_row < q_len)
+    values = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT)), 1)
+    # The last item's store has to be done with the buffer.
+    tma_store_wait(0)
+    buffer.reshape([64, DIM_V]).store(values.to(out.dtype))
+    fence()
+    tma_store(out, box(batch, head, q_start, q_len, first_row, C.packed), buffer)
+
+
+@gluon.jit
+def forward(
+    q, k, v, out, lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
+    plane_rows, odd_blocks, blocks, heads, planes, section, entries, group,
+    seqlen_q, seqlen_k, scale, unit,
+    SCORE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
+    C: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Persistent: `blocks` blocks of rows in each of `planes` planes, shared out to the programs.
+
+    q, k, v, out are descriptors (sequences.py), of boxes of 64 rows, BLOCK_N keys, BLOCK_N keys and 64 rows.
+    lse is contiguous, (planes, plane_rows), and stats (2, planes, plane_rows). C.guard: `odd` (planes,
+    odd_blocks) has a number for each 64 rows, as the careful launch of kernels/triton/forward.py reads it
+    with blocks of 64: whether sums came out infinite or NaN.
+    """
+    CONSUMERS: gl.constexpr = C.consumers
+    STAGES: gl.constexpr = C.stages
+    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS] + q.block_type.shape, q.layout)
+    q_full = barriers(CONSUMERS)
+    q_empty = barriers(CONSUMERS)
+    for i in gl.static_range(CONSUMERS):
+        barrier_init(q_full.index(i), count=1)
+        barrier_init(q_empty.index(i), count=1)
+    k_ring = make_ring(k, STAGES, CONSUMERS)
+    v_ring = make_ring(v, STAGES, CONSUMERS)
+    turns = make_turns(CONSUMERS, C.turns)
+    if C.own_out:
+        out_tiles = gl.allocate_shared_memory(out.dtype, [CONSUMERS] + out.block_type.shape, out.layout)
+    else:
+        out_tiles = q_tiles
+    shared = (q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns)
+    arrays = (q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks)
+    grid = (blocks, heads, planes, section, entries, group)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k)
+    numbers = (scale, unit)
+    # Functions are handed over in place: they cannot be kept in a tuple.
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consumer, (shared, arrays, grid, lengths, tables, numbers, C, 0, SCORE, ALLOWED, TILE_CLASS)),
+            (consumer, (shared, arrays, grid, lengths, tables, numbers, C, 1, SCORE, ALLOWED, TILE_CLASS)),
+            (producer, (shared, arrays, grid, lengths, tables, numbers, C, 0, SCORE, ALLOWED, TILE_CLASS)),
+        ], [4, 1], [C.consumer_registers, C.producer_registers])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (shared, arrays, grid, lengths, tables, numbers, C, 0, SCORE, ALLOWED, TILE_CLASS)),
+            (consumer, (shared, arrays, grid, lengths, tables, numbers, C, 1, SCORE, ALLOWED, TILE_CLASS)),
+            (consumer, (shared, arrays, grid, lengths, tables, numbers, C, 2, SCORE, ALLOWED, TILE_CLASS)),
+            (producer, (shared, arrays, grid, lengths, tables, numbers, C, 0, SCORE, ALLOWED, TILE_CLASS)),
+        ], [4, 4, 1], [C.consumer_registers, C.consumer_registers, C.producer_registers])  # fmt: skip

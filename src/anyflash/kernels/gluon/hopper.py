@@ -1,0 +1,135 @@
+"""Hopper's asynchronous operations, under names that do not change with Triton's version.
+
+Kernels of this folder use these names and no other way to the hardware; an emulator replaces exactly them.
+
+    tma_load(descriptor, coordinates, barrier, buffer)   global -> shared, where its bytes end a phase
+    tma_store(descriptor, coordinates, buffer)           shared -> global, in flight until tma_store_wait
+    tma_add(descriptor, coordinates, buffer)             the same, added to what is there
+    tma_store_wait(left)                                 until at most `left` of this warp's stores still read
+
+    barriers(COUNT)                  COUNT mbarriers in shared memory; `.index(i)` is one
+    barrier_init(barrier, count)     arrivals that end a phase
+    barrier_expect(barrier, bytes)   one arrival, and so many bytes to come
+    barrier_wait(barrier, parity)    until the phase of this parity has ended
+    barrier_arrive(barrier, count=1) once for the whole partition
+
+    wgmma(a, b, acc, use_acc=, is_async=)    acc + a . b; b in shared memory, a also in registers
+    wgmma_wait(left, deps=(...))             until at most `left` products are in flight; `deps` come back
+                                             as tensors
+
+    fence()                          what this partition stored to shared memory, seen by TMA and wgmma
+    named_wait(name, THREADS)        hardware barrier `name` (9 to 15): until THREADS have come, with these
+    named_arrive(name, THREADS)      come, and go on
+    pin(x)                           x again, float32; its computation is not moved past this place
+
+    TensorDescriptor                 a descriptor made on the host
+    shared_layout(block, dtype)      the layout of a tile that TMA and wgmma share
+
+A partition is what `gl.warp_specialize` starts: it calls each of these with all its threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from anyflash.kernels.gluon.versions import unsupported
+
+__all__ = [
+    "TensorDescriptor",
+    "barrier_arrive",
+    "barrier_expect",
+    "barrier_init",
+    "barrier_wait",
+    "barriers",
+    "fence",
+    "named_arrive",
+    "named_wait",
+    "pin",
+    "shared_layout",
+    "tma_add",
+    "tma_load",
+    "tma_store",
+    "tma_store_wait",
+    "wgmma",
+    "wgmma_wait",
+]
+
+if why := unsupported(triton.__version__):
+    raise ImportError(why)
+
+# 3.9 renamed the copies.
+tma_load: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store: Any = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+tma_store_wait: Any = tma.store_wait
+barrier_init: Any = mbarrier.init
+barrier_expect: Any = mbarrier.expect
+barrier_wait: Any = mbarrier.wait
+barrier_arrive: Any = mbarrier.arrive
+wgmma: Any = warpgroup_mma
+wgmma_wait: Any = warpgroup_mma_wait
+fence: Any = fence_async_shared
+shared_layout: Any = gl.NVMMASharedLayout.get_default_for
+
+if hasattr(tma, "async_atomic_add"):
+    tma_add: Any = tma.async_atomic_add
+else:
+    # 3.6 has the operation, but no name for it in Python.
+    from triton._C.libtriton import ir
+    from triton.experimental.gluon.language._core import builtin
+
+    @builtin
+    def tma_add(descriptor, coordinates, buffer, _semantic=None):
+        places = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(
+            ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, places, buffer.handle
+        )
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def named_wait(name, THREADS: gl.constexpr):
+    each = _each_thread()
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.b32 $0, $1;", "=r,r,r,~{memory}", [each + name, each + THREADS],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def named_arrive(name, THREADS: gl.constexpr):
+    each = _each_thread()
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.b32 $0, $1;", "=r,r,r,~{memory}", [each + name, each + THREADS],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _each_thread():
+    """A zero in every thread of the partition."""
+    threads: gl.constexpr = 32 * gl.num_warps()
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.zeros([threads], gl.int32, layout=layout)
+
+
+@gluon.jit
+def pin(x):
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""Tiles, stages, consumers and registers by head_dim, and the shared memory that they take.
+
+What bounds a choice, for a head_dim rounded up to DIM and DIM_V:
+
+    registers   a thread of a consumer keeps acc DIM_V / 2, s and p BLOCK_N / 2, P BLOCK_N / 4 words. An SM
+                has 512 words for each of 128 threads: 2 consumers get 232 and the producer 40, 3 get 160
+                and 24.
+    shared      2 * (64 * CONSUMERS * (DIM + own_out * DIM_V) + STAGES * BLOCK_N * (DIM + DIM_V)) bytes and
+                the barriers, of 232448.
+
+None is tuned on a device yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHARED_BYTES = 232_448
+ROWS = 64
+GREATEST_DIM = 256
+_L2_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One forward configuration. `turns` is as pipeline.py numbers them; `own_out`: out has a buffer of its
+    own and is not put where q was."""
+
+    block_n: int
+    stages: int
+    consumers: int
+    consumer_registers: int
+    producer_registers: int
+    turns: int
+    own_out: bool
+
+    @property
+    def block_m(self) -> int:
+        return ROWS * self.consumers
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """All that a forward kernel is specialised by beside its functions and its descriptors.
+
+    identity    scores are q . k as it comes
+    masked      there is a mask
+    wide        the class of several tiles together may be asked for
+    sinks       sinks join the sums
+    guard       blocks whose sums are infinite or NaN are reported
+    packed      sequences are packed; used: not all of their keys are there
+    """
+
+    identity: bool
+    masked: bool
+    wide: bool
+    sinks: bool
+    guard: bool
+    packed: bool
+    used: bool
+    consumers: int
+    stages: int
+    turns: int
+    own_out: bool
+    consumer_registers: int
+    producer_registers: int
+
+
+_FORWARD = {
+    (64, 64): Tiles(128, 2, 3, 160, 24, 1, True),
+    (64, 128): Tiles(128, 2, 2, 232, 40, 1, True),
+    (64, 256): Tiles(64, 2, 2, 232, 40, 0, True),
+    (128, 64): Tiles(128, 2, 2, 232, 40, 1, True),
+    (128, 128): Tiles(128, 2, 2, 232, 40, 1, True),
+    (128, 256): Tiles(64, 2, 2, 232, 40, 0, True),
+    (256, 64): Tiles(64, 2, 2, 232, 40, 1, True),
+    (256, 128): Tiles(64, 2, 2, 232, 40, 1, True),
+    (256, 256): Tiles(64, 2, 2, 232, 40, 0, False),
+}
+
+
+def padded(dim: int) -> int:
+    """The width of a head in tiles."""
+    return next(width for width in (64, 128, GREATEST_DIM) if dim <= width)
+
+
+def forward_tiles(dim: int, dim_v: int) -> Tiles:
+    """The configuration for these head dims, at most GREATEST_DIM."""
+    return _FORWARD[padded(dim), padded(dim_v)]
+
+
+def shared_bytes(tiles: Tiles, dim: int, dim_v: int) -> int:
+    """Bytes of shared memory, barriers in 16 bytes each."""
+    width, width_v = padded(dim), padded(dim_v)
+    rows = tiles.block_m * (width + tiles.own_out * width_v)
+    keys = tiles.stages * tiles.block_n * (width + width_v)
+    return 2 * (rows + keys) + 16 * (3 * tiles.consumers + 4 * tiles.stages)
+
+
+def section(planes: int, group: int, keys: int, dim: int, dim_v: int, itemsize: int) -> int:
+    """How many planes (heads of batch entries) work side by side: as many as have their keys in L2."""
+    plane = max(keys * (dim + dim_v) * itemsize, 1)
+    return min(planes, max(1, _L2_BYTES // plane) * group)

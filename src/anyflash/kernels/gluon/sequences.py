@@ -1,0 +1,77 @@
+"""Work items, where their rows and keys lie, and the coordinates of TMA boxes.
+
+A work item is one block of BLOCK_M rows of one head of one batch entry. Items are numbered so that blocks
+that start together share keys and long ones come first: planes (head, batch entry) are taken in sections
+whose keys fit the L2 cache, and in a section all last blocks come first, which see most under a causal mask.
+
+An array is (batch, head, token, dim) to TMA, or packed (token, head, dim) with two axes in front of it that
+place a window: tokens then have _FAR places of which a sequence takes the last ones, so that the hardware's
+own bounds end a box where the sequence ends. With y = start + length and x = _FAR - length + row the address
+is _FAR * (2**34 - step) + y * step + x * step = (start + row) * step, modulo 2**64 bytes, as 2**30 * 2**34
+elements of 2 bytes are 0. Rows past the end, of any array, are read as zeros and not written.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+FAR, WRAP, UNBOUNDED = 2**30, 2**34, 0x7FFF0000
+_FAR = gl.constexpr(FAR)
+
+
+@gluon.jit
+def sequence(batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k,
+             PACKED: gl.constexpr, USED: gl.constexpr):  # fmt: skip
+    """First row and number of rows, first key and number of keys, in 32 bits."""
+    if PACKED:
+        q_start = gl.load(cu_seqlens_q + batch).to(gl.int32)
+        q_len = gl.load(cu_seqlens_q + batch + 1).to(gl.int32) - q_start
+        k_start = gl.load(cu_seqlens_k + batch).to(gl.int32)
+        k_len = gl.load(cu_seqlens_k + batch + 1).to(gl.int32) - k_start
+    else:
+        q_start = gl.full([], 0, gl.int32)
+        k_start = gl.full([], 0, gl.int32)
+        q_len = gl.full([], 0, gl.int32) + seqlen_q
+        k_len = gl.full([], 0, gl.int32) + seqlen_k
+    if USED:
+        k_len = gl.load(seqused_k + batch).to(gl.int32)
+    return q_start, q_len, k_start, k_len
+
+
+@gluon.jit
+def work(item, blocks, heads, planes, section, entries, cu_seqlens,
+         PACKED: gl.constexpr, BLOCK: gl.constexpr):  # fmt: skip
+    """Block, head and batch entry of an item; `planes` of `blocks` each, `section` planes side by side.
+
+    Packed, nobody has read how long the sequences are. Sequence s is given the blocks from cu_seqlens[s] //
+    BLOCK + s on, which are enough, and `blocks` counts those of all; the sequence of a block is found by
+    halving. A block past the end of its sequence has nothing to do.
+    """
+    first = item // (section * blocks) * section
+    rest = item - first * blocks
+    width = gl.minimum(section, planes - first)
+    block = blocks - 1 - rest // width
+    plane = first + rest % width
+    head = plane % heads
+    entry = plane // heads
+    if PACKED:
+        low, high = entry * 0, entries + entry * 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            start = gl.load(cu_seqlens + middle).to(gl.int32) // BLOCK + middle
+            low = gl.where(start <= block, middle, low)
+            high = gl.where(start <= block, high, middle)
+        block -= gl.load(cu_seqlens + low).to(gl.int32) // BLOCK + low
+        entry = low
+    return block, head, entry
+
+
+@gluon.jit
+def box(batch, head, start, length, row, PACKED: gl.constexpr):
+    """Coordinates of the box from `row` of a sequence on."""
+    if PACKED:
+        coordinates = (_FAR, start + length, head, _FAR - length + row, 0)
+    else:
+        coordinates = (batch, head, row, 0)
+    return coordinates
