@@ -1,0 +1,229 @@
+"""Shared memory: bytes that start as NaN, and a record of who touched which of them and when.
+
+Races are found by order, not by luck. An access is checked against every earlier one of the same bytes, of
+which at least one is a write: the earlier one must be known to be over to the clock of the later one. For a
+partition that means a chain of barriers; for an asynchronous operation, that its completion was waited for,
+here or by somebody whose arrival was. Whether the two really collided in this run does not matter.
+
+An access by TMA or wgmma counts as made with the clock of its issue, and is over when its completion is
+known. What threads stored must be fenced before either reads or overwrites it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+
+from gpu.emulator import machine
+from gpu.emulator.clocks import Clock
+from gpu.emulator.dtypes import to_gluon, to_torch
+from gpu.emulator.errors import Mismatch, MissingFence, Race
+from gpu.emulator.scheduler import Task
+from gpu.emulator.source import assigned_name, where
+from gpu.emulator.tensor import Tensor
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Place = tuple[int, tuple[int, ...], tuple[int, ...], int]
+
+
+@dataclass(eq=False)
+class Operation:
+    """An asynchronous operation: `number` is its bit in the clocks of those who know that it is over."""
+
+    what: str
+    number: int
+    task: Task
+    clock: Clock
+    where: str
+
+    @classmethod
+    def issued(cls, what: str) -> Operation:
+        task = machine.task()
+        return cls(what, task.program.new_operation(), task, task.clock.copy(), where())
+
+    def __str__(self) -> str:
+        return f"the {self.what} that {self.task.name} issued at {self.where}"
+
+
+@dataclass(frozen=True)
+class _Access:
+    writes: bool
+    partition: int
+    tick: int
+    operation: Operation | None
+    said: str
+
+    def over_for(self, clock: Clock) -> bool:
+        if self.operation is not None:
+            return clock.finished(self.operation.number)
+        return clock.knows(self.partition, self.tick)
+
+
+class Allocation:
+    """One buffer, and the accesses to it that may still matter, by the bytes they touch."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.bytes = torch.full((size,), 255, dtype=torch.uint8)
+        self._accesses: dict[Place, dict[Any, _Access]] = {}
+        self._masks: dict[Place, torch.Tensor] = {}
+        self._overlaps: dict[tuple[Place, Place], bool] = {}
+
+    def _mask(self, place: Place) -> torch.Tensor:
+        if place not in self._masks:
+            start, shape, strides, size = place
+            touched = torch.zeros_like(self.bytes)
+            touched.view(_SAME_SIZE[size]).as_strided(shape, strides, start).fill_(-1 if size > 1 else 255)
+            self._masks[place] = touched.bool()
+        return self._masks[place]
+
+    def _overlap(self, a: Place, b: Place) -> bool:
+        if a == b:
+            return True
+        if (a, b) not in self._overlaps:
+            both = bool((self._mask(a) & self._mask(b)).any())
+            self._overlaps[a, b] = self._overlaps[b, a] = both
+        return self._overlaps[a, b]
+
+    def access(self, place: Place, name: str, writes: bool, operation: Operation | None) -> None:
+        task = operation.task if operation is not None else machine.task()
+        clock = operation.clock if operation is not None else task.clock
+        verb = "writes" if writes else "reads"
+        said = f"{operation or task.name} {verb} {name}" + ("" if operation else f" at {where()}")
+        for other, accesses in self._accesses.items():
+            if not self._overlap(place, other):
+                continue
+            for earlier in accesses.values():
+                if not (writes or earlier.writes) or earlier.operation is operation is not None:
+                    continue
+                if not earlier.over_for(clock):
+                    raise Race(f"{said}, and nothing orders this after: {earlier.said}")
+                stored = earlier.writes and earlier.operation is None
+                if operation is not None and stored and not clock.fences(earlier.partition, earlier.tick):
+                    raise MissingFence(f"{said}, and no fence lies between this and: {earlier.said}")
+        records = self._accesses.setdefault(place, {})
+        if writes:
+            # Who is ordered after this is ordered after all that this was ordered after.
+            records.clear()
+        key = operation if operation is not None else (task.index, writes)
+        tick = clock.ticks.get(task.index, 0)
+        records[key] = _Access(writes, task.index, tick, operation, said)
+
+
+class SharedMemory:
+    """A view of a buffer. `layout` None: what a reshape makes of it is not worked out."""
+
+    def __init__(self, memory: Allocation, data: torch.Tensor, layout: Any, name: str) -> None:
+        self.memory = memory
+        self.data = data
+        self.layout = layout
+        self.name = name
+
+    @classmethod
+    def allocated(cls, dtype: Any, shape: Sequence[int], layout: Any) -> SharedMemory:
+        element = to_torch(dtype)
+        extents = [int(extent) for extent in shape]
+        size = torch.Size(extents).numel() * element.itemsize
+        program = machine.task().program
+        program.buffers += 1
+        memory = Allocation(assigned_name(f"buffer {program.buffers}"), size)
+        program.shared_bytes += size
+        return cls(memory, memory.bytes.view(element).view(extents), layout, memory.name)
+
+    @property
+    def dtype(self) -> Any:
+        return to_gluon(self.data.dtype)
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    @property
+    def rank(self) -> int:
+        return self.data.dim()
+
+    @property
+    def numel(self) -> int:
+        return self.data.numel()
+
+    @property
+    def nbytes_per_cta(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    @property
+    def type(self) -> Any:
+        return gl.shared_memory_descriptor_type(self.dtype, self.shape, self.layout, self.shape)
+
+    def _view(self, data: torch.Tensor, layout: Any, suffix: str) -> SharedMemory:
+        return SharedMemory(self.memory, data, layout, self.name + suffix)
+
+    def index(self, index: Any) -> SharedMemory:
+        at = int(index)
+        if not 0 <= at < self.data.shape[0]:
+            raise Mismatch(f"{self.name} has {self.data.shape[0]} stages; stage {at} is asked for")
+        return self._view(self.data[at], self.layout, f"[{at}]")
+
+    def slice(self, start: Any, length: Any, dim: Any = 0) -> SharedMemory:
+        low, extent, axis = int(start), int(length), int(dim)
+        if low < 0 or low + extent > self.data.shape[axis]:
+            raise Mismatch(f"slice {low} to {low + extent} of axis {axis} of {self.name}{self.shape}")
+        suffix = f"[{', '.join([':'] * axis + [f'{low}:{low + extent}'])}]"
+        return self._view(self.data.narrow(axis, low, extent), self.layout, suffix)
+
+    def permute(self, order: Sequence[Any]) -> SharedMemory:
+        layout = self.layout
+        turned = [int(axis) for axis in order]
+        if isinstance(layout, gl.NVMMASharedLayout) and turned == [1, 0]:
+            layout = gl.NVMMASharedLayout(
+                layout.swizzle_byte_width, layout.element_bitwidth, layout.rank, not layout.transposed
+            )
+        elif turned != sorted(turned):
+            layout = None
+        return self._view(self.data.permute(turned), layout, "^T")
+
+    def reshape(self, shape: Sequence[Any]) -> SharedMemory:
+        extents = [int(extent) for extent in shape]
+        return self._view(self.data.view(extents), self.layout if extents == self.shape else None, "")
+
+    def reinterpret(self, dtype: Any = None, shape: Any = None, layout: Any = None) -> SharedMemory:
+        element = self.data.dtype if dtype is None else to_torch(dtype)
+        extents = self.shape if shape is None else [int(extent) for extent in shape]
+        flat = self.data.view(-1).view(torch.uint8).view(element)
+        return self._view(flat[: torch.Size(extents).numel()].view(extents), layout or self.layout, "")
+
+    _reinterpret = reinterpret
+
+    @property
+    def _place(self) -> Place:
+        data = self.data
+        return data.storage_offset(), tuple(data.shape), data.stride(), data.element_size()
+
+    def touch(self, writes: bool, operation: Operation | None = None) -> None:
+        self.memory.access(self._place, self.name, writes, operation)
+
+    def poison(self) -> None:
+        self.data.view(_SAME_SIZE[self.data.element_size()]).fill_(
+            -1 if self.data.element_size() > 1 else 255
+        )
+
+    def load(self, layout: Any = None) -> Tensor:
+        machine.scheduler().pause()
+        self.touch(False)
+        return Tensor(self.data.clone(), layout)
+
+    def store(self, value: Any) -> None:
+        machine.scheduler().pause()
+        if not isinstance(value, Tensor):
+            raise Mismatch(f"{self.name}.store wants a tensor, not {value!r}")
+        if value.shape != self.shape or value.data.dtype != self.data.dtype:
+            wanted = f"{self.shape} {self.data.dtype}"
+            raise Mismatch(f"{self.name} is {wanted}; stored is {value.shape} {value.data.dtype}")
+        self.touch(True)
+        self.data.copy_(value.data)
+
+    def _keep_alive(self) -> None:
+        pass

@@ -1,0 +1,258 @@
+"""The emulator on kernels of its own: right under every schedule, and every fault named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
+pytest.importorskip("torch")
+
+import torch
+from gpu import emulated_faults as faults
+from gpu import emulated_kernels as kernels
+from gpu.emulator import emulate
+from gpu.emulator.errors import (
+    BarrierMisuse,
+    Deadlock,
+    EmulationError,
+    InFlight,
+    Mismatch,
+    MissingFence,
+    OutOfBounds,
+    Race,
+    Unknown,
+)
+from gpu.emulator.mutations import mutations, noticed
+from gpu.emulator.tensor import Int, Tensor
+from gpu.emulator.tma import Descriptor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+POLICIES = range(9)
+_GLUON = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def boxes(tensor: Any, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON[tensor.dtype])
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+def copies(seed: int, replaced: Any) -> bool:
+    x = torch.randn(200, 64).bfloat16()
+    y = torch.full_like(x, float("nan"))
+    emulate(kernels.copy, (4,), boxes(x, [64, 64]), boxes(y, [64, 64]), seed=seed, replaced=replaced)
+    return torch.equal(x, y)
+
+
+def doubles(seed: int, replaced: Any) -> bool:
+    x = torch.randn(300, 64).bfloat16()
+    y = torch.full_like(x, float("nan"))
+    ends = boxes(x, [64, 64]), boxes(y, [64, 64])
+    emulate(kernels.double, (1,), *ends, 5, seed=seed, replaced=replaced, STAGES=2)
+    return torch.equal(2 * x, y)
+
+
+def multiplies(seed: int, replaced: Any) -> bool:
+    a, b, c = torch.randn(128, 320).bfloat16(), torch.randn(320, 64).bfloat16(), torch.ones(128, 64)
+    arguments = (boxes(x, [64, 64]) for x in (a, b, c))
+    emulate(kernels.product, (1,), *arguments, 5, seed=seed, replaced=replaced, STAGES=2)
+    wanted = a.double() @ b.double() + 1
+    # Each of 5 sums, and the addition to c, is rounded once.
+    return bool((c - wanted).abs().max() <= 6 * torch.finfo(torch.float32).eps * wanted.abs().max())
+
+
+RUNS: dict[str, tuple[Callable[[int, Any], bool], list[Any]]] = {
+    "copy": (copies, [kernels.copy]),
+    "ring": (doubles, [kernels.double, kernels.ring_producer, kernels.ring_consumer]),
+    "product": (multiplies, [kernels.product, kernels.product_producer, kernels.product_consumer]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_right_under_every_policy(name: str) -> None:
+    for seed in POLICIES:
+        assert RUNS[name][0](seed, None)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_mutation_is_noticed(name: str) -> None:
+    run, functions = RUNS[name]
+    tried = list(mutations(functions))
+    assert len(tried) > 8
+    assert [m.name for m in tried if noticed(run, m, POLICIES) is None] == []
+
+
+VALUES = {
+    "layouts": (Mismatch, "different layouts"),
+    "layouts of where": (Mismatch, "different layouts"),
+    "ranks": (Mismatch, "different ranks"),
+    "expanded axis": (Mismatch, "sliced along 1"),
+    "warps": (Mismatch, "8 warps in a partition of 4"),
+    "extents": (Mismatch, "powers of two"),
+    "load outside": (OutOfBounds, "elements 1 to 64 of a tensor of 64"),
+    "store outside": (OutOfBounds, "elements -1 to 62"),
+    "32 bits": (OutOfBounds, "does not fit 32 bits"),
+    "not modelled": (Unknown, "gl.dot_fma"),
+    "constexpr": (Mismatch, "N is a constexpr"),
+    "two stores": (Race, "program number 1 has stored"),
+    "half exponent": (Mismatch, "exp2 wants float32"),
+    "assertion": (EmulationError, "63 rows"),
+}
+
+
+@pytest.mark.parametrize("fault", VALUES)
+def test_values(fault: str) -> None:
+    kind, said = VALUES[fault]
+    with pytest.raises(kind, match=said):
+        emulate(faults.values, (2,), torch.zeros(64), fault)
+
+
+MEMORY = {
+    "stage": (Mismatch, "stage 2 is asked for"),
+    "stored shape": (Mismatch, r"stored is \[64, 64\]"),
+    "stored type": (Mismatch, "stored is .*float32"),
+    "read while loaded": (Race, r"reads tile\[0\].*nothing orders this after: the TMA load"),
+    "load in flight at the end": (InFlight, "is in flight"),
+    "box of another shape": (Mismatch, r"a box of \[64, 64\]"),
+    "stored and not fenced": (MissingFence, "TMA store .*no fence lies between"),
+    "overwritten while stored": (Race, "writes tile.*the TMA store"),
+    "multiplied and not fenced": (MissingFence, "wgmma .*no fence lies between"),
+    "overwritten while multiplied": (Race, "writes tile.*the wgmma"),
+    "product used in flight": (InFlight, "used before it is waited for"),
+    "product not waited for": (InFlight, "ends without waiting"),
+    "two sums of one": (InFlight, "two products add"),
+    "register operand": (Mismatch, "a register operand"),
+    "sum's layout": (Mismatch, "accumulator wants an NVMMADistributedLayout"),
+    "arrivals": (BarrierMisuse, "takes 1 arrivals a phase"),
+    "nobody comes": (Deadlock, r"phase 0 of full\[0\], 1 arrivals"),
+    "not initialised": (BarrierMisuse, "before it is initialised"),
+    "named": (BarrierMisuse, "128 threads come"),
+    "initialised twice": (BarrierMisuse, "a second time"),
+    "too much memory": (EmulationError, "bytes of shared memory, of 232448"),
+}
+
+
+@pytest.mark.parametrize("fault", MEMORY)
+def test_memory(fault: str) -> None:
+    kind, said = MEMORY[fault]
+    x = torch.zeros(64, 64).bfloat16()
+    for seed in POLICIES:
+        with pytest.raises(kind, match=said):
+            emulate(faults.memory, (1,), boxes(x, [64, 64]), boxes(x, [64, 64]), fault, seed=seed)
+
+
+def test_two_phases_under_one_wait() -> None:
+    """A sender that does not wait for its receiver can end two phases before the first is seen."""
+    x = torch.zeros(64, 64).bfloat16()
+    for seed in POLICIES:
+        with pytest.raises(BarrierMisuse, match=r"phase 1.*(hides|nothing orders)|phase 0.*hides"):
+            emulate(faults.between, (1,), boxes(x, [64, 64]), "phases", seed=seed)
+
+
+def test_written_without_order() -> None:
+    x = torch.zeros(64, 64).bfloat16()
+    for seed in POLICIES:
+        with pytest.raises((Race, BarrierMisuse)):
+            emulate(faults.between, (1,), boxes(x, [64, 64]), "written without order", seed=seed)
+
+
+def test_registers_of_a_partition() -> None:
+    with pytest.raises(Mismatch, match="multiples of 8"):
+        emulate(faults.between, (1,), boxes(torch.zeros(64, 64).bfloat16(), [64, 64]), "registers")
+
+
+def add_in_turn(seed: int, takes_turns: bool, resident: int = 4) -> int:
+    total, counter = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    emulate(kernels.in_turn, (4,), total, counter, takes_turns, seed=seed, resident=resident, exclusive=False)
+    return int(total)
+
+
+def test_programs_take_turns() -> None:
+    assert {add_in_turn(seed, True) for seed in POLICIES} == {11}
+    assert len({add_in_turn(seed, False) for seed in POLICIES}) > 1
+
+
+def test_a_run_is_a_function_of_its_seed() -> None:
+    for seed in range(30):
+        assert add_in_turn(seed, False) == add_in_turn(seed, False)
+
+
+def test_waiting_for_a_program_that_is_not_there() -> None:
+    counter = torch.ones(1, dtype=torch.int32)
+    with pytest.raises(Deadlock, match="another value of an atomic"):
+        emulate(kernels.in_turn, (1,), torch.zeros(1, dtype=torch.int32), counter, True)
+
+
+def test_pointers() -> None:
+    x, lengths = torch.randn(50, 16), torch.tensor([0, 3, 20, 50], dtype=torch.int32)
+    y = torch.full((50,), float("nan"))
+    emulate(kernels.row_sums, (3,), x, y, lengths, 32, 16)
+    assert bool(
+        (y - x.double().sum(1)).abs().max() <= 16 * torch.finfo(torch.float32).eps * x.abs().sum(1).max()
+    )
+
+
+def test_boxes_past_the_edges() -> None:
+    x = torch.arange(60.0).view(6, 10)[:, :8].contiguous()
+    layout = gl.NVMMASharedLayout(0, 32)
+    described = Descriptor(x, x.shape, x.stride(), [4, 4], layout)
+    got = described.read([4, 6])
+    assert torch.equal(got[:2, :2], x[4:, 6:])
+    assert not got[2:].any() and not got[:, 2:].any()
+    assert torch.equal(described.read([-1, 0])[1:], x[:3, :4])
+    assert not described.read([6, 0]).any()
+
+
+def test_addresses_wrap() -> None:
+    """A window whose last rows are a sequence's: the first axis takes a whole turn, less as many steps."""
+    far, step = 2**30, 16
+    x = torch.arange(20.0 * step).view(20, step).bfloat16()
+    described = Descriptor(x, (far + 1, far, far, step), (2**34 - step, step, step, 1), [1, 1, 8, step], None)
+    start, length = 3, 5
+    for row in (0, 2, 5):
+        got = described.read([far, start + length, far - length + row, 0])[0, 0]
+        wanted = torch.zeros(8, step).bfloat16()
+        wanted[: length - row] = x[start + row : start + length]
+        assert torch.equal(got, wanted)
+
+
+INTEGERS = [
+    (lambda a, b: a // b, (-7, 2), -3),
+    (lambda a, b: a % b, (-7, 2), -1),
+    (lambda a, b: a // b, (7, -2), -3),
+    (lambda a, b: -a + b, (3, 1), -2),
+    (lambda a, b: ~(a < b), (1, 2), 0),
+]
+
+
+@pytest.mark.parametrize(("formula", "given", "wanted"), INTEGERS)
+def test_integers(formula: Any, given: tuple[int, int], wanted: int) -> None:
+    a, b = given
+    assert formula(Int(a), Int(b)) == wanted
+    assert formula(Int(a), b) == wanted
+    blocks = formula(*(Tensor(torch.full((4,), x, dtype=torch.int32)) for x in given))
+    assert blocks.data.tolist() == [wanted] * 4
+
+
+def test_types_are_promoted_by_type() -> None:
+    block = Tensor(torch.ones(2, dtype=torch.int32))
+    assert (block * Int(1, 64)).data.dtype == torch.int64
+    assert (block * 1).data.dtype == torch.int32
+    assert (block * 1.0).data.dtype == torch.float32
+    assert (Tensor(torch.ones(2, dtype=torch.bfloat16)) * 2.0).data.dtype == torch.bfloat16
+    assert (Int(1) + Int(1, 64)).bits == 64
