@@ -48,7 +48,11 @@ _MOSAIC = (
 )
 _MOSAIC_TESTS = ("tests/adapters/test_composer.py", "tests/adapters/test_llm_foundry.py")
 
-_COMPILED = ("tests/gpu/test_compiled.py", "tests/gpu/test_compiled_others.py")
+_COMPILED = (
+    "tests/gpu/test_compiled.py",
+    "tests/gpu/test_compiled_others.py",
+    "tests/gpu/test_emulator.py",
+)
 _INTERPRETED = (
     "tests/gpu/test_interpreted.py",
     "tests/gpu/test_interpreted_device.py",

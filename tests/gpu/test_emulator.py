@@ -14,6 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("torch")
 
 import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
 from gpu import emulated_faults as faults
 from gpu import emulated_kernels as kernels
 from gpu.emulator import emulate
@@ -31,8 +34,6 @@ from gpu.emulator.errors import (
 from gpu.emulator.mutations import mutations, noticed
 from gpu.emulator.tensor import Int, Tensor
 from gpu.emulator.tma import Descriptor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 POLICIES = range(9)
 _GLUON = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}

@@ -6,8 +6,8 @@ expected. Code objects keep the lines of the original, so that errors point into
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import copy
 import inspect
