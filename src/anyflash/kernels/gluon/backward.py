@@ -1,0 +1,359 @@
+"""The backward on Hopper: a block of keys stays, rows move past it.
+
+    p^T  = exp2((k q^T - m) unit - log2 l)          m and l apart, as the forward saved them
+    dv  += p^T dout
+    ds^T = p^T (v dout^T - delta) slope
+    dk  += ds^T q                                   times scale at the end
+    dq  += ds k                                     times scale at the end; only with REDUCE
+
+A program owns BLOCK_N = 128 keys of one key head and walks the rows of all query heads that share it, so a
+group is summed in registers, in one order. Each of two consumers owns 64 keys. Scores are transposed, (keys,
+rows): p^T and ds^T are then left factors of dV and dK as they are, in registers. The producer loads k and v
+once, and for every tile of BLOCK_M rows q with m and log2 l, and dout with delta.
+
+With REDUCE ds^T also goes through shared memory, where both consumers read all of it, each for half of the
+columns of dq; a TMA adds these to float32 in global memory. That is five products, and the last bits of dq
+depend on the order in which blocks of keys come by. Without it dq is left to backward_dq.py: seven products
+in both, and always the same bits.
+
+    layout      s, dp (64, BLOCK_M), dk (64, DIM), dv (64, DIM_V), dq (BLOCK_M, DIM / 2): wgmma's
+    registers   dk DIM / 2, dv DIM_V / 2, s and dp BLOCK_M / 2 each, both as operands BLOCK_M / 4 each, with
+                REDUCE dq BLOCK_M * DIM / 256 words a thread, of 240. A second copy of the loop's body, for
+                full tiles, would spill: the mask is a branch in the one there is
+    shared      k and v BLOCK_N * (DIM + DIM_V), STAGES * BLOCK_M * (DIM + DIM_V) and 3 words a row of them,
+                with REDUCE ds BLOCK_N * BLOCK_M and BLOCK_M * DIM words of dq
+
+A pair that is hidden has p = 0 and adds 0 * (dp - delta), also in rows behind the last, whose delta is
+another's. Where that is not finite the sum is NaN: GUARD marks the 64 keys, for the careful launch of
+kernels/triton/backward.py to do again.
+
+A configuration may change BLOCK_M, STAGES, REDUCE and registers; the order of a sum follows BLOCK_M.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from anyflash.kernels.gluon.hopper import (
+    barrier_arrive,
+    barrier_expect,
+    barrier_init,
+    barrier_wait,
+    barriers,
+    fence,
+    pin,
+    shared_layout,
+    tma_add,
+    tma_load,
+    tma_store_wait,
+    wgmma,
+    wgmma_wait,
+)
+from anyflash.kernels.gluon.rows import run_up
+from anyflash.kernels.gluon.sequences import box, sequence, work
+
+
+@gluon.jit
+def producer(
+    shared, arrays, item, layout, tables, numbers, C: gl.constexpr, ME: gl.constexpr,
+    SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
+):  # fmt: skip
+    """One warp: k and v once; then, tile by tile, what the consumers read of the rows."""
+    STAGES: gl.constexpr = C.stages
+    q, k, v, dout, stats, delta, dq, dk, dv, odd = arrays
+    BLOCK_M: gl.constexpr = q.block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
+    k_tile, v_tile, held, q_ring, dout_ring, ds_tile, dq_tiles, exchange = shared
+    q_tiles, m_rows, log_rows, q_full, q_empty = q_ring
+    dout_tiles, delta_rows, dout_full, dout_empty = dout_ring
+    batch, kv_head, members, group, q_start, q_len, k_start, k_len, first_k = item
+    entry_rows, head_rows, plane, dk_steps, dv_steps, first_odd = layout
+    corner = box(batch, kv_head, k_start, k_len, first_k, C.packed)
+    barrier_expect(held.index(0), k.block_type.nbytes + v.block_type.nbytes)
+    # (BLOCK_N, DIM), (BLOCK_N, DIM_V)
+    tma_load(k, corner, held.index(0), k_tile)
+    tma_load(v, corner, held.index(0), v_tile)
+    tiles = gl.cdiv(q_len, BLOCK_M)
+    n = tiles * 0
+    for member in range(members):
+        head = kv_head * group + member
+        at = (batch, head, q_len, k_len)
+        place = batch * entry_rows + head * head_rows + q_start
+        tile = tiles * 0
+        while tile < tiles:
+            kind, end = run_up(tile, tiles, first_k, at, tables, TILE_CLASS, C.masked, BLOCK_M, BLOCK_N)
+            tile = gl.where(kind == 0, end, tile)
+            while tile < end:
+                row = tile * BLOCK_M
+                corner = box(batch, head, q_start, q_len, row, C.packed)
+                stage = n % STAGES
+                free = ((n // STAGES) & 1) ^ 1
+                barrier_wait(q_empty.index(stage), free)
+                full = q_full.index(stage)
+                barrier_expect(full, q.block_type.nbytes + 2 * stats.block_type.nbytes)
+                # (BLOCK_M,), (BLOCK_M,), (BLOCK_M, DIM)
+                tma_load(stats, [place + row], full, m_rows.index(stage))
+                tma_load(stats, [plane + place + row], full, log_rows.index(stage))
+                tma_load(q, corner, full, q_tiles.index(stage))
+                barrier_wait(dout_empty.index(stage), free)
+                full = dout_full.index(stage)
+                barrier_expect(full, dout.block_type.nbytes + delta.block_type.nbytes)
+                # (BLOCK_M,), (BLOCK_M, DIM_V)
+                tma_load(delta, [place + row], full, delta_rows.index(stage))
+                tma_load(dout, corner, full, dout_tiles.index(stage))
+                n += 1
+                tile += 1
+
+
+@gluon.jit
+def probabilities(
+    s, m, log_sum, row, key, edge, at, tables, numbers,
+    SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, IDENTITY: gl.constexpr,
+    MASK: gl.constexpr,
+):  # fmt: skip
+    """p, 0 where no pair is, and the slope, from products k . q. Works in both orientations.
+
+    In a tile that is not at an edge every pair is one.
+    """
+    batch, head, q_len, k_len = at
+    scale, unit = numbers
+    position = row + (k_len - q_len)
+    slope = 1.0
+    if not IDENTITY:
+        raw = s * scale
+        s = SCORE(raw, batch, head, row, position, key, q_len, k_len, tables)
+        slope = SLOPE(raw, batch, head, row, position, key, q_len, k_len, tables)
+    p = gl.exp2((s - m) * unit - log_sum)
+    if edge:
+        seen = (row < q_len) & (key < k_len)
+        if MASK:
+            seen = seen & ALLOWED(batch, head, row, position, key, q_len, k_len, tables)
+        p = gl.where(seen, p, 0.0)
+    return p, slope
+
+
+@gluon.jit
+def run_of_rows(
+    sums, n, first_tile, end_tile, edge, shared, boxes, q_start, first_k, at, tables, numbers,
+    C: gl.constexpr, ME: gl.constexpr, SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr,
+):  # fmt: skip
+    """Add the tiles of one run, uses n and on of the rings, to this consumer's dK and dV, and to dQ."""
+    STAGES: gl.constexpr = C.stages
+    q_box, k_box, v_box, dq = boxes
+    BLOCK_M: gl.constexpr = q_box.block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k_box.block_type.shape[-2]
+    WIDTH: gl.constexpr = k_box.block_type.shape[-1]
+    WIDTH_V: gl.constexpr = v_box.block_type.shape[-1]
+    HALF: gl.constexpr = WIDTH // 2
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_V, 16])
+    DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DK_LAYOUT, 2)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DV_LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    k_tile, v_tile, held, q_ring, dout_ring, ds_tile, dq_tiles, exchange = shared
+    q_tiles, m_rows, log_rows, q_full, q_empty = q_ring
+    dout_tiles, delta_rows, dout_full, dout_empty = dout_ring
+    batch, head, q_len, k_len = at
+    dk, dv = sums
+    keys = k_tile.reshape([BLOCK_N, WIDTH])
+    k = keys.slice(ME * 64, 64, dim=0)
+    v = v_tile.reshape([BLOCK_N, WIDTH_V]).slice(ME * 64, 64, dim=0)
+    s_zero = gl.zeros([64, BLOCK_M], gl.float32, layout=S_LAYOUT)
+    dq_zero = gl.zeros([BLOCK_M, HALF], gl.float32, layout=DQ_LAYOUT)
+    key = gl.expand_dims(first_k + ME * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
+    for tile in range(first_tile, end_tile):
+        stage = n % STAGES
+        phase = (n // STAGES) & 1
+        q = q_tiles.index(stage).reshape([BLOCK_M, WIDTH])
+        dout = dout_tiles.index(stage).reshape([BLOCK_M, WIDTH_V])
+        row = gl.expand_dims(tile * BLOCK_M + gl.arange(0, BLOCK_M, layout=ROW), 0)
+        barrier_wait(q_full.index(stage), phase)
+        s = wgmma(k, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        barrier_wait(dout_full.index(stage), phase)
+        dp = wgmma(v, dout.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        s = wgmma_wait(1, deps=(s,))
+        m = gl.expand_dims(m_rows.index(stage).load(ROW), 0)
+        log_sum = gl.expand_dims(log_rows.index(stage).load(ROW), 0)
+        p, slope = probabilities(
+            s, m, log_sum, row, key, edge, at, tables, numbers, SCORE, SLOPE, ALLOWED, C.identity, C.masked
+        )
+        p = pin(p)
+        # Its phase has ended; the basic block ends here, and with it what ptxas may move.
+        barrier_wait(dout_full.index(stage), phase)
+        dp = wgmma_wait(0, deps=(dp,))
+        dv = wgmma(gl.convert_layout(p.to(q.dtype), P_LAYOUT), dout, dv, is_async=True)
+        delta = gl.expand_dims(delta_rows.index(stage).load(ROW), 0)
+        ds = (p * (dp - delta) * slope).to(q.dtype)
+        if C.reduce:
+            # The tile before this has been read by both.
+            barrier_wait(exchange.index(1), (n & 1) ^ 1)
+            ds_tile.slice(ME * 64, 64, dim=0).store(ds)
+            fence()
+            barrier_arrive(exchange.index(0), count=1)
+        dk = wgmma(gl.convert_layout(ds, DS_LAYOUT), q, dk, is_async=True)
+        dv = wgmma_wait(1, deps=(dv,))
+        barrier_arrive(dout_empty.index(stage), count=1)
+        if C.reduce:
+            barrier_wait(exchange.index(0), n & 1)
+        dk = wgmma_wait(0, deps=(dk,))
+        barrier_arrive(q_empty.index(stage), count=1)
+        if C.reduce:
+            columns = keys.slice(ME * HALF, HALF, dim=1)
+            part = wgmma(ds_tile.permute((1, 0)), columns, dq_zero, use_acc=False, is_async=True)
+            tma_store_wait(0)
+            part = wgmma_wait(0, deps=(part,))
+            barrier_arrive(exchange.index(1), count=1)
+            dq_tiles.index(ME).reshape([BLOCK_M, HALF]).store(part)
+            fence()
+            corner = box(batch, head, q_start, q_len, tile * BLOCK_M, C.packed)
+            tma_add(dq, corner[:-1] + (ME * HALF,), dq_tiles.index(ME))
+        n += 1
+    return dk, dv, n
+
+
+@gluon.jit
+def consumer(
+    shared, arrays, item, layout, tables, numbers, C: gl.constexpr, ME: gl.constexpr,
+    SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: keys ME * 64 to ME * 64 + 63 of the block, over all rows of the group."""
+    q, k, v, dout, stats, delta, dq, dk_base, dv_base, odd = arrays
+    k_tile, v_tile, held, q_ring, dout_ring, ds_tile, dq_tiles, exchange = shared
+    batch, kv_head, members, group, q_start, q_len, k_start, k_len, first_k = item
+    entry_rows, head_rows, plane, dk_steps, dv_steps, first_odd = layout
+    BLOCK_M: gl.constexpr = q.block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
+    WIDTH: gl.constexpr = k.block_type.shape[-1]
+    WIDTH_V: gl.constexpr = v.block_type.shape[-1]
+    DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_V, 16])
+    dk = gl.zeros([64, WIDTH], gl.float32, layout=DK_LAYOUT)
+    dv = gl.zeros([64, WIDTH_V], gl.float32, layout=DV_LAYOUT)
+    barrier_wait(held.index(0), 0)
+    tiles = gl.cdiv(q_len, BLOCK_M)
+    n = tiles * 0
+    for member in range(members):
+        at = (batch, kv_head * group + member, q_len, k_len)
+        tile = tiles * 0
+        while tile < tiles:
+            kind, end = run_up(tile, tiles, first_k, at, tables, TILE_CLASS, C.masked, BLOCK_M, BLOCK_N)
+            if kind != 0:
+                dk, dv, n = run_of_rows(
+                    (dk, dv), n, tile, end, kind == 1, shared, (q, k, v, dq), q_start, first_k, at, tables,
+                    numbers, C, ME, SCORE, SLOPE, ALLOWED,
+                )  # fmt: skip
+            tile = end
+    if C.reduce:
+        tma_store_wait(0)
+    first = first_k + ME * 64
+    if C.guard:
+        mark_odd(odd + (first_odd + first // 64), dk, first < k_len)
+        mark_odd(odd + (first_odd + first // 64), dv, first < k_len)
+    entry, wide_head = batch.to(gl.int64), kv_head.to(gl.int64)
+    if C.packed:
+        entry = k_start.to(gl.int64)
+    store_rows(dk_base + entry * dk_steps[0] + wide_head * dk_steps[2], dk * numbers[0], first, k_len,
+               dk_steps[1], C.dim)  # fmt: skip
+    store_rows(
+        dv_base + entry * dv_steps[0] + wide_head * dv_steps[2], dv, first, k_len, dv_steps[1], C.dim_v
+    )
+
+
+@gluon.jit
+def mark_odd(flag, values, there):
+    """1 to `flag`, which starts as 0, if something is infinite or NaN. Row by row: no sum across warps."""
+    odd = gl.max(gl.where(gl.abs(values) < float("inf"), 0, 1), 1)
+    gl.store(flag + odd * 0, odd, mask=(odd != 0) & there)
+
+
+@gluon.jit
+def store_rows(base, value, first, end, step, DIM: gl.constexpr):
+    """Rows from `first` up to `end` of a matrix of DIM columns, whose rows lie `step` apart."""
+    LAYOUT: gl.constexpr = value.type.layout
+    rows = first + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    there = gl.expand_dims(rows < end, 1)
+    if value.shape[1] > DIM:
+        there = there & gl.expand_dims(columns < DIM, 0)
+    at = gl.expand_dims(rows.to(gl.int64) * step, 1) + gl.expand_dims(columns, 0)
+    gl.store(base + at, value.to(base.dtype.element_ty), mask=there)
+
+
+@gluon.jit
+def backward(
+    q, k, v, dout, stats, delta, dq, dk, dv, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
+    dk_steps, dv_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, entry_rows, head_rows, plane,
+    odd_blocks, scale, unit,
+    SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
+    C: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """One program for each block of keys, key head and batch entry (packed: each block of all sequences).
+
+    q, k, v, dout are descriptors of boxes; stats and delta of BLOCK_M elements of flat arrays; dq, with
+    REDUCE, of a box of half the columns in a float32 array of zeros. Steps are in elements, (first, token,
+    head), where first is a batch entry or, packed, a token. stats and delta lie row by row, `entry_rows` and
+    `head_rows` apart; log2 l lies `plane` behind m. `odd`, with GUARD, is zeros.
+    """
+    BLOCK_M: gl.constexpr = q.block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
+    STAGES: gl.constexpr = C.stages
+    heads_kv = heads // group
+    # `work` begins with the last block; under a causal mask the first keys have most rows.
+    program = gl.program_id(0)
+    turned = program // blocks * blocks + (blocks - 1 - program % blocks)
+    block, kv_head, batch = work(
+        turned, blocks, heads_kv, heads_kv * entries, 1, entries, cu_seqlens_k, C.packed, BLOCK_N
+    )
+    q_start, q_len, k_start, k_len = sequence(
+        batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, C.packed, C.used
+    )
+    first_k = block * BLOCK_N
+    # A block past the end of its sequence has no rows to walk.
+    members = gl.where(first_k < k_len, group, 0)
+    item = (batch, kv_head, members, group, q_start, q_len, k_start, k_len, first_k)
+    # Flags are numbered as programs of the careful launch, which have 64 keys.
+    first_odd = (batch * heads_kv + kv_head) * odd_blocks
+    if C.packed:
+        first_odd = kv_head * odd_blocks + k_start // 64 + batch
+    layout = (entry_rows, head_rows, plane, dk_steps, dv_steps, first_odd)
+    k_tile = gl.allocate_shared_memory(k.dtype, k.block_type.shape, k.layout)
+    v_tile = gl.allocate_shared_memory(v.dtype, v.block_type.shape, v.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
+    dout_tiles = gl.allocate_shared_memory(dout.dtype, [STAGES] + dout.block_type.shape, dout.layout)
+    m_rows = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], stats.layout)
+    log_rows = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], stats.layout)
+    delta_rows = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta.layout)
+    ds_tile, dq_tiles = k_tile, k_tile
+    if C.reduce:
+        ds_tile = gl.allocate_shared_memory(
+            k.dtype, [BLOCK_N, BLOCK_M], shared_layout([BLOCK_N, BLOCK_M], k.dtype)
+        )
+        dq_tiles = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
+    held, exchange = barriers(1), barriers(2)
+    q_full, q_empty, dout_full, dout_empty = (
+        barriers(STAGES),
+        barriers(STAGES),
+        barriers(STAGES),
+        barriers(STAGES),
+    )
+    barrier_init(held.index(0), count=1)
+    for i in gl.static_range(2):
+        barrier_init(exchange.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        barrier_init(q_full.index(i), count=1)
+        barrier_init(q_empty.index(i), count=2)
+        barrier_init(dout_full.index(i), count=1)
+        barrier_init(dout_empty.index(i), count=2)
+    q_ring = (q_tiles, m_rows, log_rows, q_full, q_empty)
+    dout_ring = (dout_tiles, delta_rows, dout_full, dout_empty)
+    shared = (k_tile, v_tile, held, q_ring, dout_ring, ds_tile, dq_tiles, exchange)
+    arrays = (q, k, v, dout, stats, delta, dq, dk, dv, odd)
+    numbers = (scale, unit)
+    gl.warp_specialize([
+        (consumer, (shared, arrays, item, layout, tables, numbers, C, 0, SCORE, SLOPE, ALLOWED, TILE_CLASS)),
+        (consumer, (shared, arrays, item, layout, tables, numbers, C, 1, SCORE, SLOPE, ALLOWED, TILE_CLASS)),
+        (producer, (shared, arrays, item, layout, tables, numbers, C, 0, SCORE, SLOPE, ALLOWED, TILE_CLASS)),
+    ], [4, 1], [C.consumer_registers, C.producer_registers])  # fmt: skip
