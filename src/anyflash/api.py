@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from anyflash.core.dtypes import ITEMSIZE, kind
+from anyflash.core.dtypes import TABLES, kind
 from anyflash.core.errors import InvalidCall
 from anyflash.frontends import registry
 from anyflash.frontends.base import Frontend, Request, describe_request
 from anyflash.semantics.checks import check_merge
+from anyflash.semantics.descale import descale_of
 from anyflash.semantics.describe import describe_program
 from anyflash.semantics.expr import At, Expr, Table
 
@@ -37,6 +38,9 @@ def attention(
     sinks: Any = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    descale_q: Any = None,
+    descale_k: Any = None,
+    descale_v: Any = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -49,12 +53,16 @@ def attention(
         lse = log(sum_k exp(s) + exp(sink))
         out = dropout(exp(s - lse)) . v
 
+    8-bit floats stand for themselves times a factor: s = scale * descale_q * descale_k * (q . k), and out is
+    multiplied by descale_v.
+
     B batch, Tq queries, Tk keys, Hq query heads, Hkv key heads (Hq a multiple of Hkv; query head h reads key
     head h // (Hq // Hkv)), D head_dim and Dv that of v (each 1 to 576).
 
     Args:
-        q: (B, Tq, Hq, D), float16, bfloat16, float32 or float64; any strides. An array of numpy or torch;
-            every other array of the call belongs to the same framework and lies on the same device.
+        q: (B, Tq, Hq, D), float16, bfloat16, float32 or float64, or float8_e4m3fn or float8_e5m2 (no
+            gradient); any strides. An array of numpy or torch; every other array of the call belongs to the
+            same framework and lies on the same device.
         k: (B, Tk, Hkv, D), the dtype of q.
         v: (B, Tk, Hkv, Dv), the dtype of q.
         layout: "bshd", as above, or "bhsd", where heads come before rows, in q, k, v and out.
@@ -77,14 +85,16 @@ def attention(
         seed: of dropout, 0 to 2 ** 63 - 1; the same seed drops the same (batch, head, query, key) on every
             device. None draws one: from the operating system for numpy, from the framework's generator
             elsewhere.
+        descale_q, descale_k, descale_v: factors of 8-bit q, k and v: None for 1, a number, or a floating
+            array that broadcasts to (B, Hkv). Query heads of a group share their key head's.
         return_lse: give (out, lse), lse (B, Hq, Tq) float32 (float64 for float64), the natural logarithm.
         deterministic: the backends of this version always give the same bits for the same call, so None, True
             and False are alike.
         backend: the name of one, which then runs the call or raises; None for the best that can.
 
     Returns:
-        out (B, Tq, Hq, Dv) in `layout`, row-major, the dtype of q; or (out, lse). A query that sees no key
-        gets out 0 and lse -inf.
+        out (B, Tq, Hq, Dv) in `layout`, row-major, the dtype of q, bfloat16 for 8-bit floats; or (out, lse).
+        A query that sees no key gets out 0 and lse -inf.
 
     Raises:
         InvalidCall: an argument contradicts the above; nothing was computed.
@@ -97,25 +107,23 @@ def attention(
         >>> out, lse = af.attention(q, q, q, causal=True, return_lse=True)
         >>> out.shape, lse.shape
         ((2, 128, 4, 64), (2, 4, 128))
+
+        In 8-bit floats, k with a factor for each key head:
+
+        >>> import ml_dtypes
+        >>> top = np.abs(q).max(axis=(0, 1, 3)) / 448
+        >>> k8 = (q / top[:, None]).astype(ml_dtypes.float8_e4m3fn)
+        >>> q8 = q.astype(ml_dtypes.float8_e4m3fn)
+        >>> af.attention(q8, k8, q8, causal=True, descale_k=top).dtype
+        dtype(bfloat16)
     """
     frontend, request = _request(
         (q, k, v),
         layout,
         None,
-        causal,
-        window,
-        scale,
-        softcap,
-        score,
-        mask,
-        bias,
-        alibi_slopes,
-        sinks,
-        dropout_p,
-        seed,
-        deterministic,
-        backend,
-    )
+        causal, window, scale, softcap, score, mask, bias, alibi_slopes, sinks, dropout_p, seed,
+        (descale_q, descale_k, descale_v), deterministic, backend,
+    )  # fmt: skip
     out, lse = frontend.attend(request)
     return (out, lse) if return_lse else out
 
@@ -140,6 +148,9 @@ def attention_varlen(
     sinks: Any = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    descale_q: Any = None,
+    descale_k: Any = None,
+    descale_v: Any = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -178,20 +189,9 @@ def attention_varlen(
         (q, k, v),
         layout,
         (cu_seqlens_q, cu_seqlens_k, seqused_k),
-        causal,
-        window,
-        scale,
-        softcap,
-        score,
-        mask,
-        bias,
-        alibi_slopes,
-        sinks,
-        dropout_p,
-        seed,
-        deterministic,
-        backend,
-    )
+        causal, window, scale, softcap, score, mask, bias, alibi_slopes, sinks, dropout_p, seed,
+        (descale_q, descale_k, descale_v), deterministic, backend,
+    )  # fmt: skip
     out, lse = frontend.attend(request)
     return (out, lse) if return_lse else out
 
@@ -244,6 +244,9 @@ def explain(
     sinks: Any = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    descale_q: Any = None,
+    descale_k: Any = None,
+    descale_v: Any = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -270,20 +273,9 @@ def explain(
         (q, k, v),
         layout or ("thd" if packed else "bshd"),
         (cu_seqlens_q, cu_seqlens_k, seqused_k) if packed else None,
-        causal,
-        window,
-        scale,
-        softcap,
-        score,
-        mask,
-        bias,
-        alibi_slopes,
-        sinks,
-        dropout_p,
-        seed,
-        deterministic,
-        backend,
-    )
+        causal, window, scale, softcap, score, mask, bias, alibi_slopes, sinks, dropout_p, seed,
+        (descale_q, descale_k, descale_v), deterministic, backend,
+    )  # fmt: skip
     return explaining.explain(*describe_request(frontend, request), backend)
 
 
@@ -303,9 +295,9 @@ def table(array: Any) -> Table:
         (1, 4, 1, 8)
     """
     dtype = registry.of("array", array).dtype(array)
-    if dtype not in ITEMSIZE:
+    if dtype not in TABLES:
         raise InvalidCall(
-            "array", f"dtype {dtype}, shape {tuple(array.shape)}", f"one of {', '.join(ITEMSIZE)}"
+            "array", f"dtype {dtype}, shape {tuple(array.shape)}", f"one of {', '.join(TABLES)}"
         )
     return Table(array, kind(dtype))
 
@@ -325,6 +317,7 @@ def _request(
     sinks: Any,
     dropout_p: float,
     seed: int | None,
+    factors: tuple[Any, Any, Any],
     deterministic: bool | None,
     backend: str | None,
 ) -> tuple[Frontend, Request]:
@@ -345,6 +338,9 @@ def _request(
     sequences = None
     if lengths is not None:
         sequences = _sequences(frontend, *lengths)
+    descale = None
+    if any(factor is not None for factor in factors):
+        descale = descale_of(factors, k.shape, layout, frontend.dtype(q), frontend.dtype(k))
     program, tables, names = describe_program(
         q.shape,
         k.shape,
@@ -361,6 +357,7 @@ def _request(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         dropout_p=dropout_p,
+        descale=descale,
     )
     for name, array in zip(names, tables, strict=True):
         registry.same(frontend, name, array)

@@ -74,3 +74,37 @@ NARROW = tuple(
     if case.id in ("decode", "decode_alibi", "speculative_tree", "chunks_window")
     for dtype in ("float16", "bfloat16", "float64")
 )
+
+
+def _eight_bits(dtype: str, cached: str) -> list[Case]:
+    """Factors that each sequence has for itself, that all share, and that are numbers; beside all else."""
+    factors = {
+        "decode": "arrays",
+        "decode_alibi": "mixed",
+        "speculative_tree": "numbers",
+        "chunks_window": "arrays",
+    }
+    return [
+        replace(
+            case,
+            id=f"{case.id}_{dtype}_{cached}",
+            dtype=dtype,
+            dtype_cache=None if dtype == cached else cached,
+            descale=factors[case.id],
+        )
+        for case in CASES
+        if case.id in factors
+    ]
+
+
+EIGHT_BITS = tuple(
+    case
+    for dtype, cached in (
+        ("float8_e4m3fn", "float8_e4m3fn"),
+        ("float8_e5m2", "float8_e5m2"),
+        ("bfloat16", "float8_e4m3fn"),
+        ("float16", "float8_e5m2"),
+        ("float32", "float8_e4m3fn"),
+    )
+    for case in _eight_bits(dtype, cached)
+)

@@ -126,6 +126,9 @@ def lay_out(
     ).astype(int)
     packed = len(set(q_lens)) != 1 or len(set(new.tolist())) != 1
     keywords: dict[str, Any] = {"scale": case.scale, "sinks": values.sinks}
+    for name, factor in values.descale.items():
+        by_batch = isinstance(factor, np.ndarray) and factor.ndim == 2 and factor.shape[0] > 1
+        keywords[name] = factor[list(pick)] if by_batch else factor
     for piece in (*case.terms, *case.rules):
         keywords.update(piece.arguments(lambda name: values.tables[name]))
     q, fresh = values.q[rows_q], (values.k[rows_new], values.v[rows_new])

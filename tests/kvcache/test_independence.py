@@ -32,6 +32,14 @@ PARAMETERS = [
     for case in CASES
     for dtype in (DTYPES if backend != "reference" else DTYPES[:1])
 ]
+PARAMETERS += [
+    pytest.param(
+        replace(CASES[i], dtype=dtype, dtype_cache="float8_e4m3fn", descale="arrays"),
+        "cpu",
+        id=f"cpu-{CASES[i].id}-{dtype}-float8",
+    )
+    for i, dtype in ((0, "bfloat16"), (3, "bfloat16"), (3, "float32"))
+]
 
 
 def each(case: Case, values, backend: str, form: Form, pick: tuple[int, ...], seed: int) -> dict[int, bytes]:

@@ -9,7 +9,7 @@ import pytest
 from anyflash.contract.backends import present
 from anyflash.contract.run import assess, known
 from anyflash.core.errors import Unsupported
-from kvcache.cases import CASES, NARROW
+from kvcache.cases import CASES, EIGHT_BITS, NARROW
 from kvcache.laying import FORMS, lay_out
 
 
@@ -26,7 +26,7 @@ PARAMETERS = [
         case, form, ("none", "queries", "all")[(i + j) % 3], backend, id=f"{backend}-{case.id}-{form.id}"
     )
     for backend in present()
-    for i, case in enumerate((*CASES, *NARROW))
+    for i, case in enumerate((*CASES, *NARROW, *EIGHT_BITS))
     for j, form in enumerate(FORMS if case in CASES[:1] or backend != "reference" else FORMS[i % 3 :: 3])
 ]
 

@@ -26,6 +26,9 @@ KEYWORDS = {
     "bias": None,
     "alibi_slopes": None,
     "sinks": None,
+    "descale_q": None,
+    "descale_k": None,
+    "descale_v": None,
     "return_lse": False,
     "backend": None,
 }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from anyflash.core.device import Device
+from anyflash.core.dtypes import FLOATS8
 from anyflash.core.errors import InvalidCall
 from anyflash.core.threads import num_threads
 from anyflash.core.view import View
@@ -212,6 +213,16 @@ class CpuBackend:
             config.launches[key] = found
         return found
 
+    @staticmethod
+    def _eight_bits(problem: Problem, target: Any) -> dict[str, str]:
+        from anyflash.kernels.llvm import schedule
+
+        if problem.dtype_kv not in FLOATS8:
+            return {}
+        paired = schedule.dot(target, problem.dtype) != "number"
+        made = "bfloat16" if paired else "float32"
+        return {"8-bit floats": f"read tile by tile as {made}, in float32 where queries are few"}
+
     def restate(self, problem: Problem, config: Config, lse: View, stats: View) -> None:
         # Kernels keep the maximum in the unit of scores, log2 without a program, and log2 of the sum.
         unit = 1.0 if problem.program.score else math.log2(math.e)
@@ -237,7 +248,10 @@ class CpuBackend:
                 )
             ],
             "threads": num_threads(),
-            "backward": " + ".join(w.part for w in schedule.backward_walks(problem, block_q, num_threads())),
+            **self._eight_bits(problem, target),
+            "backward": "none"
+            if problem.dtype_kv in FLOATS8
+            else " + ".join(w.part for w in schedule.backward_walks(problem, block_q, num_threads())),
         }
 
 

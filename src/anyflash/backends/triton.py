@@ -41,8 +41,9 @@ class Triton:
         if device.kind not in wanted:
             return [f"runs on {' and '.join(wanted)}, the arrays are on {device}"]
         reasons = integers_too_wide(problem)
-        if problem.dtype not in _DTYPES:
-            reasons.append(f"computes in float32, the arrays are {problem.dtype}")
+        for dtype in dict.fromkeys((problem.dtype, problem.dtype_kv)):
+            if dtype not in _DTYPES:
+                reasons.append(f"computes in float32, the arrays are {dtype}")
         if problem.addressing == "paged":
             reasons.append("has no kernel for pages yet")
         if max(problem.head_dim, problem.head_dim_v) > _GREATEST_DIM:

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from anyflash.contract.poison import numpy_dtype
-from anyflash.core.dtypes import accumulate
+from anyflash.core.dtypes import FLOATS8, accumulate, result
 
 ORDERS = 4
 """Ways in which plain attention is summed. One way may be right by luck, most of all where a result has few
@@ -26,12 +26,22 @@ class Arithmetic:
     head dimension shuffled. Odd ones do so in matrix products too, put the scale on k instead of q,
     exponentiate in base 2 and go backward as a flash attention does, from the output and the logarithm of the
     sum. All are the same attention, rounded differently.
+
+    `weights` is the type in which 8-bit floats take their probabilities, if that is not `rounds_to`.
     """
 
     work: np.dtype
     rounds_to: np.dtype | None = None
     order: int = 0
     tf32: bool = False
+    weights: np.dtype | None = None
+
+    def weighed(self, e: np.ndarray) -> np.ndarray:
+        """exp(s - max s) as the second product takes it: `weights` holds it times 2 ** 8."""
+        if self.weights is None:
+            return e
+        unit = self.work.type(2.0**8)
+        return (e * unit).astype(self.weights).astype(self.work) / unit
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x rounded. What leaves the range of float16 keeps its precision: it is the rounding that is
@@ -87,12 +97,15 @@ def exact(dtype: str) -> Arithmetic:
     return Arithmetic(np.dtype(np.longdouble if dtype == "float64" else np.float64))
 
 
-def plain(dtype: str, tf32: bool = False) -> tuple[Arithmetic, ...]:
+def plain(dtype: str, tf32: bool = False, weights: str | None = None) -> tuple[Arithmetic, ...]:
     """Plain attention in `dtype`, in several orders of its sums: the worst of them sets what a backend may
-    err. `tf32`: of one that multiplies float32 so."""
-    kind, work = numpy_dtype(dtype), numpy_dtype(accumulate(dtype))
+    err. `tf32`: of one that multiplies float32 so. That of 8-bit floats is in the type of its results, but
+    for its probabilities if `weights` is given."""
+    kind, work = numpy_dtype(result(dtype)), numpy_dtype(accumulate(dtype))
     step = None if kind == work else kind
-    return tuple(Arithmetic(work, step, order, tf32 and dtype == "float32") for order in range(ORDERS))
+    narrow = numpy_dtype(weights) if weights and dtype in FLOATS8 else None
+    tf32 = tf32 and dtype == "float32"
+    return tuple(Arithmetic(work, step, order, tf32, narrow) for order in range(ORDERS))
 
 
 def accumulator(dtype: str, tf32: bool = False) -> tuple[Arithmetic, ...]:

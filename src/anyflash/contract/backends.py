@@ -10,6 +10,9 @@ from anyflash.backends.registry import entries
 WITHIN_BOUNDS = frozenset({"reference"})
 """Backends that need not give the same bits in any layout: numpy's matrix product depends on strides."""
 
+WEIGHTS = {"triton": "float8_e4m3fn"}
+"""In what a backend may take the probabilities of 8-bit floats, where not in the type of the results."""
+
 
 def present() -> list[str]:
     """Names of the backends that work on this machine, the preferred first."""

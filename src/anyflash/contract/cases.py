@@ -9,10 +9,11 @@ from typing import Literal
 from anyflash.contract.poison import CONTIGUOUS, Layout
 from anyflash.contract.rules import Rule
 from anyflash.contract.terms import Sizes, Term
-from anyflash.core.dtypes import FLOATS
+from anyflash.core.dtypes import FLOATS, FLOATS8
 
 Data = Literal["randn", "integers", "large", "constant", "tiny"]
 Sinks = Literal["randn", "large", "none"]
+Factors = Literal["numbers", "arrays", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Case:
     layouts    of q, k, v and the results, in canonical axes; reused in turn by what else there is
     table_dtype   of float tables; None is that of q
     table_layout  of all tables
+    descale       the factors of 8-bit q, k and v; "mixed": one for all, one by batch entry, one by key head
+    dtype_cache   of k and v in a cache, if it is not that of q
     """
 
     id: str
@@ -57,6 +60,8 @@ class Case:
     table_dtype: str | None = None
     table_layout: Layout = CONTIGUOUS
     data_seed: int = 0
+    descale: Factors | None = None
+    dtype_cache: str | None = None
 
     def __str__(self) -> str:
         """What is not as in a plain case."""
@@ -75,6 +80,11 @@ class Case:
         packed = self.packed
         keys = packed.used_k if packed.used_k is not None else packed.lens_k
         return Sizes(len(packed.lens_q), self.heads[0], max(packed.lens_q, default=0), max(keys, default=0))
+
+    @property
+    def differentiable(self) -> bool:
+        """8-bit floats have a forward only."""
+        return (self.dtype_cache or self.dtype) not in FLOATS8
 
     @property
     def effective_scale(self) -> float:

@@ -104,7 +104,7 @@ def execute(
     dlse: np.ndarray | None = None,
 ) -> Outcome:
     """Run a prepared call."""
-    own, statistic = numpy_dtype(problem.dtype), numpy_dtype(accumulate(problem.dtype))
+    own, statistic = numpy_dtype(problem.dtype_out), numpy_dtype(accumulate(problem.dtype))
     out, lse = np.empty(problem.out_shape, own), np.empty(problem.lse_shape, statistic)
     stats = np.empty((2, *problem.lse_shape), statistic)
     results = Results(view_of(out, True), view_of(lse, True), view_of(stats, True))

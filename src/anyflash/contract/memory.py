@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from anyflash.contract.truth import Truth, seed
 from anyflash.contract.values import Values, cumulative
 from anyflash.core.dtypes import accumulate, kind
 from anyflash.core.view import View
+from anyflash.semantics.descale import FACTORS, Descale
 from anyflash.semantics.describe import describe, describe_program
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
@@ -46,6 +48,13 @@ class Memory:
             name: Poisoned.of(t, t.dtype.name, case.table_layout if self.laid_out else CONTIGUOUS)
             for name, t in values.tables.items()
         }
+        self.factors: dict[str, Any] = {}
+        for name, factor in values.descale.items():
+            if isinstance(factor, float):
+                self.factors[name] = factor
+            else:
+                self.tables[name] = Poisoned.of(factor, "float32")
+                self.factors[name] = self.tables[name].array
         self.inputs = {"q": q, "k": k, "v": v, **self.tables}
         packed: dict[str, View] = {}
         if case.packed is not None:
@@ -85,6 +94,7 @@ class Memory:
             scale=case.scale,
             sinks=values.sinks,
             dropout_p=case.dropout_p,
+            descale=self._descale(k.view),
             **keywords,
         )
         self.slots = [self._owner_of(array) for array in made.tables]
@@ -98,13 +108,17 @@ class Memory:
             layout=layout,
             tables=tuple(views),
             names=made.names,
-            needs_grad=tuple(kind(view.dtype) == "float" for view in views),
+            needs_grad=tuple(case.differentiable and kind(view.dtype) == "float" for view in views),
             sinks=None if sinks is None else sinks.view,
             seed=seed(case),
             **packed,
         )
         if alter is not None:
             self.problem, self.operands = alter(self.problem, self.operands)
+
+    def _descale(self, k: View) -> Descale | None:
+        factors = tuple(self.factors.get(name) for name in FACTORS)
+        return Descale(*factors, k.shape[-2], self.case.dtype, self.case.dtype) if self.factors else None
 
     def _input(self, values: np.ndarray, i: int, dead: np.ndarray | None) -> Poisoned:
         layout = self.case.layout(i) if self.laid_out else CONTIGUOUS
@@ -135,7 +149,7 @@ class Memory:
         """Fresh outputs of a forward."""
         shape, statistic = self.problem.lse_shape, self.statistic
         self.results = {
-            "out": self._output(self.problem.out_shape, self.case.dtype, 3),
+            "out": self._output(self.problem.out_shape, self.problem.dtype_out, 3),
             "lse": Poisoned(shape, statistic, output=True),
             "stats": Poisoned((2, *shape), statistic, output=True),
         }

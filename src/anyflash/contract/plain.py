@@ -20,13 +20,15 @@ from anyflash.contract.terms import Term
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """What happens between the scaled product and the softmax, and after it."""
+    """What happens between the scaled product and the softmax, and after it. `factors` are those of scores
+    and of out, (batch or 1, query heads), which 8-bit floats come with."""
 
     scale: float
     terms: Sequence[Term] = ()
     rules: Sequence[Rule] = ()
     dropout_p: float = 0.0
     seed: int = 0
+    factors: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,12 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
 
     scaled_q, scaled_k = (q, a(k * scale)) if a.odd else (a(q * scale), k)
     s = a(a.matmul(scaled_q, scaled_k.swapaxes(1, 2)))
+    factor_out = None
+    if formula.factors is not None:
+        factor, factor_out = (
+            f[min(batch, len(f) - 1)][:, None, None].astype(a.work) for f in formula.factors
+        )
+        s = a(s * factor)
     inputs = []
     for term in formula.terms:
         inputs.append(s)
@@ -107,8 +115,8 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
         total = total + a.exp(sinks - pivot)
     safe = np.where(total == 0, a.work.type(1), total)
     logsum = np.log(safe)
-    p = e / safe[..., None]
-    if a.odd:
+    p = a.weighed(e) / safe[..., None]
+    if a.odd and a.weights is None:
         p = np.where(allowed, a.exp(s - pivot[..., None] - logsum[..., None]), a.work.type(0))
     p = a(p)
     lse = np.where(total == 0, a.work.type(-np.inf), _lse(pivot, safe, a))
@@ -119,6 +127,8 @@ def _attend(formula: Formula, given: OneSequence, batch: int, a: Arithmetic) -> 
     rate = a.work.type(1 / (1 - formula.dropout_p)) if formula.dropout_p < 1 else a.work.type(0)
     dropped = a(np.where(keep, p * rate, a.work.type(0)))
     out = a(product(dropped, v, allowed & keep, a))
+    if factor_out is not None:
+        out = a(out * factor_out)
     back, undo = np.argsort(keys), np.argsort(dims)
     answer = Answer(out, lse, reach[..., back], allowed[..., back])
     if given.dout is None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 
 from anyflash.core.view import View
+from anyflash.semantics.arrays import numpy_dtype
 
 MARGIN = 512
 """Poisoned elements before and after each array."""
@@ -21,6 +21,8 @@ MARGIN = 512
 ALIGNMENT = 64
 
 _INPUT = {
+    "float8_e4m3fn": 0x7F,
+    "float8_e5m2": 0x7E,
     "float16": 0x7E5A,
     "bfloat16": 0x7FDA,
     "float32": 0x7FC5A5A5,
@@ -31,10 +33,6 @@ _INPUT = {
 }
 _OUTPUT = {"float16": 0x7EA5, "bfloat16": 0x7FE5, "float32": 0x7FCA5A5A, "float64": 0x7FFA5A5A5A5A5A5A}
 _JUNK = (99990001, 3331333, 0, -77777777)
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 @dataclass(frozen=True, slots=True)

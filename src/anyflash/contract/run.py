@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from anyflash.contract import truth as truths
-from anyflash.contract.backends import WITHIN_BOUNDS, multiplies_tf32, poisoned_scratch
+from anyflash.contract.backends import WEIGHTS, WITHIN_BOUNDS, multiplies_tf32, poisoned_scratch
 from anyflash.contract.cases import Case
 from anyflash.contract.criteria import (
     FORWARD_FACTOR,
@@ -50,8 +50,8 @@ def run(
     a result may change. `alter` replaces the call that the backend gets.
     """
     report = Report(case, backend)
-    backward = "backward" in directions
-    values, truth = known(case, multiplies_tf32(backend, case.dtype))
+    backward = "backward" in directions and case.differentiable
+    values, truth = known(case, multiplies_tf32(backend, case.dtype), WEIGHTS.get(backend))
     clean = Memory(case, values, None, alter)
     first = execute(clean, backend, backward)
     report.failures += [f"clean run: {said}" for said in clean.damage()]
@@ -73,10 +73,10 @@ def run(
 
 
 @lru_cache(maxsize=16)
-def known(case: Case, tf32: bool = False) -> tuple[Values, truths.Truth]:
-    """The numbers and the truth of a case, `tf32` for a backend that multiplies float32 so."""
+def known(case: Case, tf32: bool = False, weights: str | None = None) -> tuple[Values, truths.Truth]:
+    """The numbers and the truth of a case. `tf32` and `weights` as for `arithmetic.plain`."""
     values = draw(case)
-    return values, truths.find(case, values, tf32=tf32)
+    return values, truths.find(case, values, tf32=tf32, weights=weights)
 
 
 def execute(memory: Memory, backend: str, backward: bool = True) -> dict[str, np.ndarray]:

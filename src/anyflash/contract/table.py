@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import permutations, product
 
 from anyflash.contract.cases import Case, Packed, each_dtype
+from anyflash.contract.narrow import eight_bits
 from anyflash.contract.poison import Layout
 from anyflash.contract.rules import MASKS, Causal, Dense, Window
 from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
@@ -207,6 +208,7 @@ def table() -> tuple[Case, ...]:
             cases.append(case)
             if i % 3 == 0:
                 cases.append(replace(case, dtype=others[i // 3 % 3]))
+    cases += eight_bits()
     return tuple(
         replace(case, id=(name := f"{case.dtype}-{case.id}"), data_seed=zlib.crc32(name.encode()))
         for case in cases

@@ -12,6 +12,7 @@ from anyflash.contract.cases import Case
 from anyflash.contract.plain import Answer, Formula, attend
 from anyflash.contract.poison import numpy_dtype
 from anyflash.contract.values import Values, lse_shape, per_row, sequence, spans, token
+from anyflash.core.dtypes import result
 
 FORWARD = ("out", "lse")
 ROUNDED = ("out", "dq", "dk", "dv")
@@ -31,8 +32,10 @@ class Truth:
     dead_v: np.ndarray
 
 
-def formula(case: Case) -> Formula:
-    return Formula(case.effective_scale, case.terms, case.rules, case.dropout_p, seed(case))
+def formula(case: Case, values: Values | None = None) -> Formula:
+    """`values` has the factors of 8-bit floats."""
+    factors = values.factors(case.heads) if values is not None and values.descale else None
+    return Formula(case.effective_scale, case.terms, case.rules, case.dropout_p, seed(case), factors)
 
 
 def seed(case: Case) -> int:
@@ -40,12 +43,15 @@ def seed(case: Case) -> int:
     return (case.data_seed + 1) * 0x9E3779B97F4A7C15 % 2**63
 
 
-def find(case: Case, values: Values, gradients: bool = True, tf32: bool = False) -> Truth:
-    """The exact results of a case and those of plain attention, over all its sequences; `tf32` as in
-    `plain`."""
+def find(
+    case: Case, values: Values, gradients: bool = True, tf32: bool = False, weights: str | None = None
+) -> Truth:
+    """The exact results of a case and those of plain attention, over all its sequences; `tf32` and `weights`
+    as in `plain`."""
+    gradients = gradients and case.differentiable
     truth, answers = _run(case, values, exact(case.dtype), gradients)
     plains: dict[str, list[np.ndarray]] = {name: [] for name in truth}
-    for a in plain(case.dtype, tf32):
+    for a in plain(case.dtype, tf32, weights):
         for name, array in _run(case, values, a, gradients)[0].items():
             if name != "lse":
                 plains[name].append(array)
@@ -53,7 +59,7 @@ def find(case: Case, values: Values, gradients: bool = True, tf32: bool = False)
         for name, array in _run(case, values, a, gradients)[0].items():
             narrow = name in ROUNDED
             plains[name].append(
-                array.astype(numpy_dtype(case.dtype)).astype(array.dtype) if narrow else array
+                array.astype(numpy_dtype(result(case.dtype))).astype(array.dtype) if narrow else array
             )
     return Truth(truth, plains, *_dead(case, values, answers))
 
@@ -69,7 +75,7 @@ def _run(
         if values.sinks is not None:
             found["dsinks"] = zeros(values.sinks)
     answers = []
-    asked, program = set(found), formula(case)
+    asked, program = set(found), formula(case, values)
     for span in spans(case):
         given = sequence(case, values, span)
         if not gradients:

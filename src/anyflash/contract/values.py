@@ -11,9 +11,17 @@ import numpy as np
 from anyflash.contract.cases import Case, Packed
 from anyflash.contract.plain import OneSequence
 from anyflash.contract.poison import CONTIGUOUS, Layout, numpy_dtype
-from anyflash.core.dtypes import accumulate
+from anyflash.core.dtypes import FLOATS8, accumulate
+from anyflash.semantics.descale import FACTORS
 
-_LARGE = {"float16": 200.0, "bfloat16": 133120.0, "float32": 133120.0, "float64": 133120.0}
+_LARGE = {
+    "float8_e4m3fn": 96.0,
+    "float8_e5m2": 4096.0,
+    "float16": 200.0,
+    "bfloat16": 133120.0,
+    "float32": 133120.0,
+    "float64": 133120.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,18 @@ class Values:
     dlse: np.ndarray
     tables: Mapping[str, np.ndarray]
     sinks: np.ndarray | None
+    descale: Mapping[str, np.ndarray | float]
+
+    def factors(self, heads: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of scores and of out, each (batch or 1, query heads) in float64."""
+
+        def spread(name: str) -> np.ndarray:
+            factor = np.asarray(self.descale.get(name, 1.0), np.float64)
+            factor = np.atleast_2d(factor)
+            wide = np.broadcast_to(factor, (factor.shape[0], heads[1]))
+            return np.repeat(wide, heads[0] // heads[1], axis=1)
+
+        return spread("descale_q") * spread("descale_k"), spread("descale_v")
 
 
 def spans(case: Case) -> Iterator[Span]:
@@ -96,11 +116,12 @@ def draw(case: Case) -> Values:
     rows_q, rows_k = rows(case)
     (heads_q, heads_k), (dim, dim_v) = case.heads, case.dims
     kind, statistic = numpy_dtype(case.dtype), numpy_dtype(accumulate(case.dtype))
-    floats = numpy_dtype(case.table_dtype or case.dtype)
+    kinds = dict.fromkeys("kv", numpy_dtype(case.dtype_cache or case.dtype))
+    floats = numpy_dtype(case.table_dtype or ("float32" if case.dtype in FLOATS8 else case.dtype))
     stream = lambda name: np.random.default_rng([case.data_seed, zlib.crc32(name.encode())])
 
     def rounded(name: str, shape: tuple[int, ...], layout: Layout = CONTIGUOUS) -> np.ndarray:
-        array = _numbers(case, name, shape, stream(name)).astype(kind)
+        array = _numbers(case, name, shape, stream(name)).astype(kinds.get(name, kind))
         for axis in layout.expand:
             array = np.repeat(array.take([0], axis), shape[axis], axis) if shape[axis] else array
         return array
@@ -122,7 +143,25 @@ def draw(case: Case) -> Values:
         stream("dlse").standard_normal(lse_shape(case)).astype(statistic),
         tables,
         sinks,
+        _descale(case, stream("descale")),
     )
+
+
+def _descale(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray | float]:
+    """float32, as wide apart as factors of rounded arrays may be."""
+    batch, heads = case.sizes.batch, case.heads[1]
+    shapes = {
+        None: (),
+        "numbers": (None, None, None),
+        "arrays": ((batch, heads), (heads,), (batch, heads)),
+        "mixed": ((), (batch, 1), (1, heads)),
+    }[case.descale]
+    made: dict[str, np.ndarray | float] = {}
+    for name, shape in zip(FACTORS, shapes, strict=False):
+        drawn = np.exp2(rng.uniform(-1, 1, shape)).astype(np.float32)
+        if name != "descale_q" or case.dtype in FLOATS8:
+            made[name] = float(drawn) if shape is None else np.asarray(drawn)
+    return made
 
 
 def _numbers(case: Case, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -63,6 +63,8 @@ def summary(problem: Problem, device: Device) -> str:
     """The problem in one line, for messages and the log."""
     q, k, v = problem.q_shape, problem.k_shape, problem.v_shape
     parts = [f"attention of q {q}, k {k}, v {v} in {problem.dtype} on {device}"]
+    if problem.dtype_cache is not None:
+        parts.append(f"a cache in {problem.dtype_cache}")
     if problem.addressing == "varlen":
         longest = "longest" if device.kind == "cpu" else "of at most"
         parts.append(f"{problem.batch} sequences, {longest} {problem.seqlen_q} and {problem.seqlen_k}")

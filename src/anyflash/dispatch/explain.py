@@ -75,7 +75,11 @@ class Explanation:
         rows: dict[str, Any] = {"backend": self.backend or "none can run this call"}
         if self.config is not None:
             rows["config"] = self.config
-        for name, source in (("score", program.score), ("mask", program.mask)):
+        for name, source in (
+            ("score", program.score),
+            ("mask", program.mask),
+            ("factor of out", program.factor),
+        ):
             if source is not None:
                 rows[name] = text.pretty(text.parse(source))
         if self.problem.tables:

@@ -134,7 +134,7 @@ def execute(frontend: Frontend, made: plan.Plan, operands: Operands, layout: str
     """Run a plan into new arrays in `layout`."""
     problem = made.problem
     statistic = accumulate(problem.dtype)
-    out, out_view = frontend.empty(to_canonical(layout, problem.out_shape), problem.dtype, like)
+    out, out_view = frontend.empty(to_canonical(layout, problem.out_shape), problem.dtype_out, like)
     lse, lse_view = frontend.empty(problem.lse_shape, statistic, like)
     stats, stats_view = frontend.empty((2, *problem.lse_shape), statistic, like)
     out_view = out_view if layout != "bhsd" else out_view.permute((0, 2, 1, 3))

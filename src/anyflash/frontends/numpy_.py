@@ -16,6 +16,7 @@ from anyflash.core.view import View
 from anyflash.frontends import base
 from anyflash.frontends.cache import CacheRequest, begin
 from anyflash.semantics import lse as partial
+from anyflash.semantics.arrays import numpy_dtype
 
 _names: dict[np.dtype[Any], str] = {}
 _dtypes: dict[str, np.dtype[Any]] = {}
@@ -30,13 +31,7 @@ def _name(dtype: np.dtype[Any]) -> str:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        found = np.dtype(ml_dtypes.bfloat16)
-    else:
-        found = np.dtype(name)
-    _dtypes[name] = found
+    found = _dtypes[name] = numpy_dtype(name)
     return found
 
 

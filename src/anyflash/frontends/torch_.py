@@ -87,13 +87,13 @@ def _along_out(lse: Tensor, layout: str) -> Tensor:
 
 
 def _autocast(q: Tensor, *others: Tensor) -> list[Tensor]:
-    """q, k and v in the autocast dtype, as torch's own attention takes them; float64 stays."""
+    """q, k and v in the autocast dtype, as torch's own attention takes them; 8 bytes and 8 bits stay."""
     kind = q.device.type
     tensors = [q, *others]
     if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors]
+    return [t.to(dtype) if t.is_floating_point() and t.itemsize in (2, 4) else t for t in tensors]
 
 
 def _seed(seed: int | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflash.core.device import CPU, Device
-from anyflash.core.dtypes import ITEMSIZE
+from anyflash.core.dtypes import FLOATS8, ITEMSIZE, result
 from anyflash.core.view import View
 from anyflash.semantics.operands import Results
 
@@ -18,6 +18,8 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEMSIZ
 _ELEMENTS: dict[torch.dtype, tuple[str, int]] = {
     dtype: (name, ITEMSIZE[name]) for name, dtype in DTYPES.items()
 }
+# Of results, where it is not that of q.
+_RESULTS = {DTYPES[name]: DTYPES[result(name)] for name in FLOATS8}
 _STRIDED = torch.strided
 _KINDS = {"cuda": "hip" if torch.version.hip else "cuda", "mps": "metal"}
 _devices: dict[torch.device, Device] = {torch.device("cpu"): CPU}
@@ -130,7 +132,7 @@ def _new_results(form: _Form, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = statistic(q)
     # With strides, because torch takes a third longer to make a tensor without them.
     return (
-        q.new_empty_strided(form.out, form.out_strides),
+        q.new_empty_strided(form.out, form.out_strides, dtype=_RESULTS.get(q.dtype)),
         q.new_empty_strided(form.lse, form.lse_strides, dtype=dtype),
         q.new_empty_strided(form.stats, form.stats_strides, dtype=dtype),
     )

@@ -30,7 +30,7 @@ def _fold_program(program: str, size: int, mapped: tuple[bool, ...]) -> str:
     def fold(expression: str | None) -> str | None:
         return None if expression is None else text.show(_fold_expr(text.parse(expression), size, mapped))
 
-    return str(replace(parsed, score=fold(parsed.score), mask=fold(parsed.mask)))
+    return str(replace(parsed, score=fold(parsed.score), mask=fold(parsed.mask), factor=fold(parsed.factor)))
 
 
 def _fold_expr(expr: Expr, size: int, mapped: tuple[bool, ...]) -> Expr:

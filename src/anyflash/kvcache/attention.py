@@ -11,6 +11,8 @@ from anyflash.core.errors import InvalidCall
 from anyflash.frontends import registry
 from anyflash.frontends.base import Frontend
 from anyflash.frontends.cache import CacheRequest
+from anyflash.semantics.checks import pages_layout
+from anyflash.semantics.descale import descale_of
 from anyflash.semantics.describe import describe_program
 
 
@@ -65,6 +67,9 @@ def attention_kvcache(
     bias: Any = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    descale_q: Any = None,
+    descale_k: Any = None,
+    descale_v: Any = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -93,6 +98,9 @@ def attention_kvcache(
         layout: "bshd" as above, "bhsd" with heads before rows in q, k, v, out and the cache, or "thd" for
             packed q, whose cache is as for "bshd"; None is "bshd" or "thd".
 
+    The cache may hold 8-bit floats, beside q of the same dtype or of float16, bfloat16 or float32, which out
+    then has, too; `descale_k` and `descale_v` are its factors, and new keys and values come as it holds them.
+
     The other arguments are those of `attention`. A tree of speculated tokens is a `mask`:
     `anyflash.masks.tree(ancestors)`.
 
@@ -113,6 +121,15 @@ def attention_kvcache(
         (1, 1, 2, 16)
         >>> cache.k[0, 10].any()
         np.True_
+
+        A cache in 8-bit floats, with a factor for each sequence and key head:
+
+        >>> import ml_dtypes
+        >>> pair = np.ones((2, 1, 64, 2, 16), ml_dtypes.float8_e4m3fn)
+        >>> factors = np.full((1, 2), 0.25, np.float32)
+        >>> out = af.attention_kvcache(new, tuple(pair), descale_k=factors, descale_v=factors)
+        >>> out.dtype, float(out[0, 0, 0, 0])
+        (dtype('float32'), 0.25)
     """
     frontend = registry.of("q", q)
     if not isinstance(cache, KVCache):
@@ -143,6 +160,10 @@ def attention_kvcache(
         raise InvalidCall("backend", repr(backend), "None or the name of a backend")
     if layout is None:
         layout = "bshd" if cu_seqlens_q is None else "thd"
+    descale, factors = None, (descale_q, descale_k, descale_v)
+    if any(factor is not None for factor in factors):
+        dtypes = (frontend.dtype(q), frontend.dtype(cache.k))
+        descale = descale_of(factors, cache.k.shape, pages_layout(layout), *dtypes)
     program, tables, names = describe_program(
         q.shape,
         None,
@@ -158,6 +179,7 @@ def attention_kvcache(
         bias=bias,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        descale=descale,
     )
     for name, array in zip(names, tables, strict=True):
         registry.same(frontend, name, array)

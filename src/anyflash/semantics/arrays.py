@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anyflash.core.dtypes import FLOATS8
 from anyflash.core.view import View
+
+# Not among numpy's own.
+_FOREIGN = ("bfloat16", *FLOATS8)
 
 
 @cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of one of ours, "bfloat16" included."""
-    if name == "bfloat16":
+    """The numpy dtype of one of ours, those that numpy itself lacks included."""
+    if name in _FOREIGN:
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(getattr(ml_dtypes, name))
     return np.dtype(name)
 
 
@@ -46,7 +50,7 @@ def as_numpy(view: View) -> NDArray[Any]:
     dtype = numpy_dtype(view.dtype)
     if not view.size:
         return np.empty(view.shape, dtype)
-    # The interface has no name for bfloat16: it passes as an unsigned integer and is reinterpreted.
-    foreign = dtype.kind == "V"
+    # The interface has no name for these: they pass as unsigned integers and are reinterpreted.
+    foreign = view.dtype in _FOREIGN
     array: NDArray[Any] = np.asarray(_Memory(view, f"<u{dtype.itemsize}" if foreign else dtype.str))
     return array.view(dtype) if foreign else array

@@ -212,8 +212,8 @@ def _check_new(problem: Problem, layout: str, k: View | None, v: View | None) ->
     if k is None or v is None:
         return
     for argument, view, dim in (("k", k, problem.head_dim), ("v", v, problem.head_dim_v)):
-        if view.dtype != problem.dtype:
-            raise InvalidCall(argument, f"dtype {view.dtype}", f"{problem.dtype}, the dtype of the cache")
+        if view.dtype != problem.dtype_kv:
+            raise InvalidCall(argument, f"dtype {view.dtype}", f"{problem.dtype_kv}, the dtype of the cache")
         found, expected = to_canonical(layout, view.shape)[-2:], (problem.heads_kv, dim)
         if found != expected:
             raise InvalidCall(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anyflash.core.dtypes import FLOATS, ITEMSIZE, kind
+from anyflash.core.dtypes import FLOATS, FLOATS8, TABLES, kind
 from anyflash.core.errors import InvalidCall
 from anyflash.core.view import View
 from anyflash.semantics import text
@@ -18,6 +18,8 @@ from anyflash.semantics.interval import Numbers, bound
 from anyflash.semantics.problem import Problem, Program, TableSpec
 
 MAX_HEAD_DIM = 576
+# Queries that may stand beside a cache of 8-bit floats.
+_BESIDE_NARROW = ("float16", "bfloat16", "float32")
 
 
 def check_layout(layout: str, packed: bool) -> None:
@@ -65,19 +67,26 @@ def problem_of(
     layout_k = pages_layout(layout) if paged else layout
     for argument, view in (("q", q), (name_k, k), (name_v, v)):
         check_rank(argument, view.shape, layout if view is q else layout_k)
-        if view.dtype not in FLOATS:
+        if view.dtype not in FLOATS and view.dtype not in FLOATS8:
             hint = (
                 "Its bytes are in the other order: array.astype(name) turns them"
                 if view.dtype[0] in "<>"
                 else None
             )
             raise InvalidCall(
-                argument, f"dtype {view.dtype}, shape {view.shape}", f"one of {', '.join(FLOATS)}", hint
+                argument,
+                f"dtype {view.dtype}, shape {view.shape}",
+                f"one of {', '.join((*FLOATS, *FLOATS8))}",
+                hint,
             )
-        if view.dtype != q.dtype:
-            raise InvalidCall(
-                argument, f"dtype {view.dtype}", f"{q.dtype}, the dtype of q", "Cast the three to one dtype"
-            )
+        if view is v and k.dtype != q.dtype and v.dtype != k.dtype:
+            raise InvalidCall(name_v, f"dtype {v.dtype}", f"{k.dtype}, the dtype of {name_k}")
+        narrow_cache = paged and view.dtype in FLOATS8 and q.dtype in _BESIDE_NARROW
+        if view.dtype != q.dtype and not narrow_cache:
+            hint = "Cast the three to one dtype"
+            if view.dtype in FLOATS8:
+                hint += f", or give q as one of {', '.join(_BESIDE_NARROW)}" if paged else ""
+            raise InvalidCall(argument, f"dtype {view.dtype}", f"{q.dtype}, the dtype of q", hint)
     q_shape = to_canonical(layout, q.shape)
     k_shape, v_shape = to_canonical(layout_k, k.shape), to_canonical(layout_k, v.shape)
     heads_q, heads_kv = q_shape[-2], k_shape[-2]
@@ -153,6 +162,7 @@ def problem_of(
         num_pages=k_shape[0] if paged else 0,
         page_size=k_shape[1] if paged else 0,
         leftpad_k=leftpad_k,
+        dtype_cache=None if k.dtype == q.dtype else k.dtype,
     )
 
 
@@ -178,9 +188,9 @@ def _check_tables(
             )
         table = tables[slot]
         name = names[slot] if slot < len(names) else f"table {slot}"
-        if table.dtype not in ITEMSIZE:
+        if table.dtype not in TABLES:
             raise InvalidCall(
-                name, f"dtype {table.dtype}, shape {table.shape}", f"one of {', '.join(ITEMSIZE)}"
+                name, f"dtype {table.dtype}, shape {table.shape}", f"one of {', '.join(TABLES)}"
             )
         if kind(table.dtype) != node.kind:
             raise InvalidCall(name, f"dtype {table.dtype}", f"a {node.kind} dtype, which the program reads")
@@ -191,7 +201,7 @@ def _check_tables(
         for axis, (index, extent) in enumerate(zip(node.args, table.shape, strict=True)):
             _check_index(name, table, axis, index, extent, ranges, exact)
 
-    for source in (program.score, program.mask):
+    for source in (program.score, program.mask, program.factor):
         if source is not None:
             walk(text.parse(source), check)
     if len(used) < len(tables):

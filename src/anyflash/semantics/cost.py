@@ -52,13 +52,18 @@ def cost(problem: Problem, allowed: float = 1.0, lengths: Sequence[tuple[int, in
     pairs = area * problem.heads_q * allowed
     dim, dim_v = problem.head_dim, problem.head_dim_v
     q, k, v, out = (
-        prod(shape) * ITEMSIZE[problem.dtype]
-        for shape in (problem.q_shape, problem.k_shape, problem.v_shape, problem.out_shape)
+        prod(shape) * ITEMSIZE[dtype]
+        for shape, dtype in (
+            (problem.q_shape, problem.dtype),
+            (problem.k_shape, problem.dtype_kv),
+            (problem.v_shape, problem.dtype_kv),
+            (problem.out_shape, problem.dtype_out),
+        )
     )
     if problem.addressing == "paged":
         # Of a cache, what holds keys of the call; pages that several sequences share count for each.
         keys = problem.batch * problem.seqlen_k if lengths is None else sum(n for _, n in lengths)
-        heads = keys * problem.heads_kv * ITEMSIZE[problem.dtype]
+        heads = keys * problem.heads_kv * ITEMSIZE[problem.dtype_kv]
         k, v = heads * dim, heads * dim_v
     statistic = ITEMSIZE[accumulate(problem.dtype)]
     lse = prod(problem.lse_shape) * statistic

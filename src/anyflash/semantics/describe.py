@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from anyflash.core.dtypes import accumulate
-from anyflash.core.errors import InvalidCall
+from anyflash.core.dtypes import FLOATS8, accumulate
+from anyflash.core.errors import InvalidCall, Unsupported
 from anyflash.core.view import View
 from anyflash.semantics.addressing import Varlen, read_lengths
 from anyflash.semantics.checks import check_layout, check_rank, problem_of
@@ -148,13 +148,20 @@ def check_devices(q: View, **others: View | None) -> None:
 def check_forward(problem: Problem, results: Results) -> None:
     """Raises InvalidCall unless `results` can be written with the forward of `problem`."""
     lse_shape = problem.lse_shape
-    _check_output("out", results.out, problem.out_shape, problem.dtype)
+    _check_output("out", results.out, problem.out_shape, problem.dtype_out)
     _check_output("lse", results.lse, lse_shape, accumulate(problem.dtype))
     _check_output("stats", results.stats, (2, *lse_shape), accumulate(problem.dtype))
 
 
 def check_backward(problem: Problem, saved: Saved, grads: Gradients) -> None:
-    """Raises InvalidCall unless `grads` can be written with the backward of `problem` from `saved`."""
+    """Raises InvalidCall unless `grads` can be written with the backward of `problem` from `saved`, and
+    Unsupported for 8-bit floats."""
+    if problem.dtype_kv in FLOATS8:
+        raise Unsupported(
+            f"the gradient of attention in {problem.dtype_kv}",
+            {"all": ["8-bit floats have a forward only"]},
+            "Train in a wider dtype, or call it under torch.no_grad",
+        )
     lse_shape, statistic = problem.lse_shape, accumulate(problem.dtype)
     _check_array("out", saved.out, problem.out_shape, problem.dtype)
     _check_array("stats", saved.stats, (2, *lse_shape), statistic)

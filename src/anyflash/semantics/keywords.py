@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any, NamedTuple, cast
 
 from anyflash.core.dtypes import FLOATS
@@ -17,7 +16,8 @@ from anyflash.core.errors import InvalidCall
 from anyflash.semantics import text
 from anyflash.semantics.addressing import to_canonical
 from anyflash.semantics.checks import check_layout, check_rank
-from anyflash.semantics.expr import At, Expr, Kind, Table, as_float, const, tanh, var
+from anyflash.semantics.descale import FACTORS, Descale, Dtype, Extents, Given, descaled, real
+from anyflash.semantics.expr import At, Expr, Table, as_float, const, tanh, var
 from anyflash.semantics.mask import Mask
 from anyflash.semantics.problem import Program
 
@@ -25,9 +25,9 @@ _MAX_KEPT = 4096
 _AXES = ("batch", "head", "row", "k")
 _AT = At()
 
-Dtype = Callable[[str, Any], str]
-Extents = tuple[int, int, int | None, int | None]
-Plain = tuple[bool, "tuple[int | None, int | None] | None", float | None, float | None, float, bool]
+Plain = tuple[
+    bool, "tuple[int | None, int | None] | None", float | None, float | None, float, bool, float | None
+]
 
 
 class Described(NamedTuple):
@@ -36,15 +36,6 @@ class Described(NamedTuple):
     program: str
     tables: tuple[Any, ...] = ()
     names: tuple[str, ...] = ()
-
-
-class _Given(NamedTuple):
-    """The array of a keyword argument: what of it decides the program, and `axes`, those it is indexed by."""
-
-    name: str
-    ndim: int
-    kind: Kind
-    axes: tuple[str, ...]
 
 
 _programs: dict[tuple[Any, ...], str] = {}
@@ -67,29 +58,41 @@ def describe_program(
     alibi_slopes: Any = None,
     sinks: Any = None,
     dropout_p: float = 0.0,
+    descale: Descale | None = None,
 ) -> Described:
     """The program that the keywords spell, and its tables.
 
     q_shape, k_shape   shapes of the user's arrays, in `layout`; None for keys in a cache
     dtype              names the element type of an array, given the argument it came as and itself
     sequences          how many sequences a packed call has
+    descale            the factors of 8-bit floats, None where there are none
     the others         as in `anyflash.attention`
 
-    The order is fixed: `score`, softcap, ALiBi, biases as listed. Masks are and-ed. Tables are the user's own
-    arrays, without their axes of extent 1 where a keyword stretches those.
+    The order is fixed: factors, `score`, softcap, ALiBi, biases as listed. Masks are and-ed. Tables are the
+    user's own arrays, without their axes of extent 1 where a keyword stretches those.
 
     Raises InvalidCall.
     """
+    given: list[Given] = []
+    arrays: list[Any] = []
+    scale, factor = None if scale is None else _scale(scale), None
+    last: list[tuple[Given, Any]] = []
+    if descale is not None:
+        extents = _extents(q_shape, k_shape, layout, sequences)
+        scale, factor, factors = descaled(descale, scale, q_shape[-1], dtype, extents)
+        # In the order in which the program will read them: scores, masks, and then the factor of out.
+        last = [(g, array) for g, array in factors if g.name == "descale_v"]
+        first = [(g, array) for g, array in factors if g.name != "descale_v"]
+        given, arrays = [g for g, _ in first], [array for _, array in first]
     plain: Plain = (
         _flag("causal", causal),
         None if window is None else _window(window),
-        None if scale is None else _scale(scale),
+        scale,
         None if softcap is None else _softcap(softcap),
         0.0 if type(dropout_p) is float and dropout_p == 0.0 else _dropout(dropout_p),
         sinks is not None,
+        factor,
     )
-    given: list[_Given] = []
-    arrays: list[Any] = []
     if bias is not None or alibi_slopes is not None or mask is not None:
         extents = _extents(q_shape, k_shape, layout, sequences)
         if alibi_slopes is not None:
@@ -104,6 +107,9 @@ def describe_program(
             given.append(_stretched("mask", mask, dtype, extents))
             arrays.append(mask)
             mask = None
+    for g, array in last:
+        given.append(g)
+        arrays.append(array)
     if score is not None or mask is not None:
         return _build(plain, given, arrays, score, mask)
     program = _keyword_program(plain, tuple(given))
@@ -116,7 +122,7 @@ def describe_program(
     )
 
 
-def _keyword_program(plain: Plain, given: tuple[_Given, ...]) -> str:
+def _keyword_program(plain: Plain, given: tuple[Given, ...]) -> str:
     """The program's text of a call without a user's function, from the table or made now."""
     key = (plain, given)
     program = _programs.get(key)
@@ -142,14 +148,16 @@ class _Placeholder(NamedTuple):
         return self
 
 
-def _squeeze(array: Any, given: _Given) -> Any:
+def _squeeze(array: Any, given: Given) -> Any:
     return array if len(given.axes) == given.ndim else array.squeeze()
 
 
-def _build(plain: Plain, given: Sequence[_Given], arrays: Sequence[Any], score: Any, mask: Any) -> Described:
+def _build(plain: Plain, given: Sequence[Given], arrays: Sequence[Any], score: Any, mask: Any) -> Described:
     """Compose the program. `arrays` go with `given`; `score` and `mask` are the user's functions."""
-    causal, window, scale, softcap, dropout_p, sinks = plain
-    s = _call_score(score) if score is not None else var("score")
+    causal, window, scale, softcap, dropout_p, sinks, constant = plain
+    s, factor, loads, named = _loaded(given, arrays, None if constant is None else const(constant))
+    if score is not None:
+        s = _call_score(score, s)
     if softcap is not None:
         s = softcap * tanh(s / softcap)
     allowed: list[Expr] = []
@@ -163,25 +171,48 @@ def _build(plain: Plain, given: Sequence[_Given], arrays: Sequence[Any], score: 
             allowed.append(_AT.k <= _AT.q + right)
     if mask is not None:
         allowed.append(_call_mask(mask))
-    named: list[tuple[Any, str]] = []
-    for g, array in zip(given, arrays, strict=True):
-        squeezed = _squeeze(array, g)
-        named.append((squeezed, g.name))
-        load = Table(squeezed, g.kind)[tuple(var(axis) for axis in g.axes)]
+    for g, load in loads:
         if g.name == "alibi_slopes":
             s = s - load * abs(_AT.q - _AT.k)
         elif g.kind == "bool":
             allowed.append(load)
         else:
             s = s + load
-    (bound_score, bound_mask), tables = text.bind([s, _all(allowed)])
+    (bound_score, bound_mask, bound_factor), tables = text.bind([s, _all(allowed), factor])
     score_text = None if bound_score is None or bound_score.op == "var" else text.show(bound_score)
     mask_text = None if bound_mask is None else text.show(bound_mask)
+    factor_text = None if bound_factor is None else text.show(bound_factor)
     return Described(
-        str(Program(score_text, mask_text, scale, dropout_p, sinks)),
+        str(Program(score_text, mask_text, scale, dropout_p, sinks, factor_text)),
         tuple([table.array for table in tables]),
         tuple([_name(table, slot, named) for slot, table in enumerate(tables)]),
     )
+
+
+def _loaded(
+    given: Sequence[Given], arrays: Sequence[Any], factor: Expr | None
+) -> tuple[Expr, Expr | None, list[tuple[Given, Expr]], list[tuple[Any, str]]]:
+    """The score with its factors, the factor of out, the loads of all else, and what array is whose."""
+    s = var("score")
+    loads: list[tuple[Given, Expr]] = []
+    named: list[tuple[Any, str]] = []
+    for g, array in zip(given, arrays, strict=True):
+        squeezed = _squeeze(array, g)
+        named.append((squeezed, g.name))
+        load = Table(squeezed, g.kind)[tuple(_index(axis) for axis in g.axes)]
+        if g.name == "descale_v":
+            factor = load
+        elif g.name in FACTORS:
+            s = s * load
+        else:
+            loads.append((g, load))
+    return s, factor, loads, named
+
+
+def _index(axis: str) -> Expr:
+    """Of a variable, or of a key head: "head // 4"."""
+    name, _, group = axis.partition(" // ")
+    return var(name) // int(group) if group else var(name)
 
 
 def _name(table: Table, slot: int, named: list[tuple[Any, str]]) -> str:
@@ -201,10 +232,10 @@ def _all(conditions: Sequence[Expr]) -> Expr | None:
     return whole
 
 
-def _call_score(score: Any) -> Expr:
+def _call_score(score: Any, s: Expr) -> Expr:
     if not callable(score):
         raise InvalidCall("score", f"type {type(score).__name__}", "a function of (score, at)")
-    result = score(var("score"), _AT)
+    result = score(s, _AT)
     expr = _expression("score", result, "a number for every score")
     if expr.kind == "bool":
         raise InvalidCall(
@@ -266,7 +297,7 @@ def _listed(bias: Any) -> list[tuple[str, Any]]:
     return [("bias", bias)]
 
 
-def _stretched(name: str, array: Any, dtype: Dtype, extents: Extents) -> _Given:
+def _stretched(name: str, array: Any, dtype: Dtype, extents: Extents) -> Given:
     """A bias, or a dense mask: broadcast to (batch, heads, q, k), read only along the axes that vary."""
     wanted = ("bool",) if name == "mask" else FLOATS
     found = dtype(name, array)
@@ -292,10 +323,10 @@ def _stretched(name: str, array: Any, dtype: Dtype, extents: Extents) -> _Given:
             name, f"shape {shape}", f"a shape that broadcasts to (batch, heads, q, k) = ({shown})"
         )
     axes = tuple(axis for axis, extent in zip(_AXES, aligned, strict=True) if extent != 1)
-    return _Given(name, len(shape), "bool" if found == "bool" else "float", axes)
+    return Given(name, len(shape), "bool" if found == "bool" else "float", axes)
 
 
-def _slopes(array: Any, dtype: Dtype, extents: Extents) -> _Given:
+def _slopes(array: Any, dtype: Dtype, extents: Extents) -> Given:
     found, shape = dtype("alibi_slopes", array), tuple(array.shape)
     batch, heads = extents[:2]
     if found not in FLOATS:
@@ -304,7 +335,7 @@ def _slopes(array: Any, dtype: Dtype, extents: Extents) -> _Given:
         raise InvalidCall(
             "alibi_slopes", f"shape {shape}", f"({heads},) or ({batch}, {heads}): one slope a query head"
         )
-    return _Given("alibi_slopes", len(shape), "float", ("batch", "head")[2 - len(shape) :])
+    return Given("alibi_slopes", len(shape), "float", ("batch", "head")[2 - len(shape) :])
 
 
 def _flag(argument: str, value: Any) -> bool:
@@ -337,15 +368,9 @@ def _window(window: Any) -> tuple[int | None, int | None] | None:
     return None if left is None and right is None else (left, right)
 
 
-def _real(argument: str, value: Any, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidCall(argument, f"{value!r}", expected, "It is a Python number, not an array")
-    return float(value)
-
-
 def _scale(scale: Any) -> float:
     expected = "None or a finite number"
-    value = _real("scale", scale, expected)
+    value = real("scale", scale, expected)
     if not math.isfinite(value):
         raise InvalidCall("scale", repr(value), expected, "None is head_dim ** -0.5")
     return value
@@ -353,7 +378,7 @@ def _scale(scale: Any) -> float:
 
 def _softcap(softcap: Any) -> float:
     expected = "None or a finite number above 0"
-    value = _real("softcap", softcap, expected)
+    value = real("softcap", softcap, expected)
     if not (value > 0 and math.isfinite(value)):
         raise InvalidCall("softcap", repr(value), expected, "None turns it off")
     return value
@@ -361,7 +386,7 @@ def _softcap(softcap: Any) -> float:
 
 def _dropout(dropout_p: Any) -> float:
     expected = "a number from 0.0, included, to 1.0, excluded"
-    value = _real("dropout_p", dropout_p, expected)
+    value = real("dropout_p", dropout_p, expected)
     if not 0 <= value < 1:
         raise InvalidCall("dropout_p", repr(value), expected)
     return value

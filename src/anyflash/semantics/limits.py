@@ -55,7 +55,11 @@ def integers_too_wide(problem: Problem) -> list[str]:
             return None
         return numbers.const(-TABLE_LIMIT, "int"), numbers.const(TABLE_LIMIT, "int")
 
-    for which, text in (("score", problem.program.score), ("mask", problem.program.mask)):
+    for which, text in (
+        ("score", problem.program.score),
+        ("mask", problem.program.mask),
+        ("factor of out", problem.program.factor),
+    ):
         if text:
             seen: set[int] = set()
             for node in _integer_nodes(parse(text), seen):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from anyflash.core.dtypes import result
+
 Addressing = Literal["dense", "varlen", "paged"]
 
 
@@ -17,8 +19,9 @@ Addressing = Literal["dense", "varlen", "paged"]
 class Program:
     """What is computed from each score.
 
-    `score` and `mask` are expression texts or None; loads in them name slots of the call's tables.
+    `score`, `mask` and `factor` are expression texts or None; loads in them name slots of the call's tables.
     `scale` None means head_dim ** -0.5. `sinks` says that a per-head sink logit joins the denominator.
+    `factor` is what out is multiplied by, of batch and head alone.
     """
 
     score: str | None = None
@@ -26,23 +29,26 @@ class Program:
     scale: float | None = None
     dropout_p: float = 0.0
     sinks: bool = False
+    factor: str | None = None
 
     def __str__(self) -> str:
-        """`score|mask|scale|dropout_p|sinks`, empty where absent; `parse` inverts it."""
+        """`score|mask|scale|dropout_p|sinks|factor`, empty where absent; `parse` inverts it."""
         scale = "" if self.scale is None else self.scale.hex()
+        dropout_p = float(self.dropout_p).hex()
         return "|".join(
-            (self.score or "", self.mask or "", scale, float(self.dropout_p).hex(), str(int(self.sinks)))
+            (self.score or "", self.mask or "", scale, dropout_p, str(int(self.sinks)), self.factor or "")
         )
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        score, mask, scale, dropout_p, sinks = text.split("|")
+        score, mask, scale, dropout_p, sinks, factor = text.split("|")
         return cls(
             score or None,
             mask or None,
             float.fromhex(scale) if scale else None,
             float.fromhex(dropout_p),
             sinks == "1",
+            factor or None,
         )
 
 
@@ -69,6 +75,9 @@ class Problem:
     `seqlen_q` is the longest length of queries; `seqlen_k` is a power of two that no sequence's keys exceed
     (0 if there are none), so that the steps of a decoding are mostly one problem. On a device they are bounds
     again: the total of packed queries, and the slots of a sequence. Forward only.
+
+    `dtype` is that of q, and of k and v but for a cache of 8-bit floats beside wider queries: `dtype_cache`.
+    8-bit floats are forward only, too.
     """
 
     program: Program
@@ -89,6 +98,16 @@ class Problem:
     num_pages: int = 0
     page_size: int = 0
     leftpad_k: bool = False
+    dtype_cache: str | None = None
+
+    @property
+    def dtype_kv(self) -> str:
+        """Of k and v."""
+        return self.dtype_cache or self.dtype
+
+    @property
+    def dtype_out(self) -> str:
+        return result(self.dtype)
 
     @property
     def scale(self) -> float:

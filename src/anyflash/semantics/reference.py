@@ -108,6 +108,8 @@ def forward(
     for part in _parts(problem, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, leftpad_k):
         soft = _softmax(problem, part, _rows(q, part.rows), _rows(k, part.keys), tables, sinks, seed)
         out[part.rows] = _weighted_sum(soft.p * soft.z, soft.seen, _rows(v, part.keys))
+        if problem.program.factor is not None:
+            out[part.rows] *= evaluate(parse(problem.program.factor), soft.env, tables)
         lse[part.lse] = soft.m + soft.log_sum
         stats[0][part.lse], stats[1][part.lse] = soft.m, soft.log_sum
     return Reference(out, lse, stats)

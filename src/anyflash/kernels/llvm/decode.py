@@ -21,11 +21,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from anyflash.core.dtypes import FLOATS8
 from anyflash.kernels.llvm import layout, vmath
 from anyflash.kernels.llvm.dots import KeyRows, row_products
 from anyflash.kernels.llvm.frame import Frame, Sequence
 from anyflash.kernels.llvm.gemm import Matrix, guarded_product, product
-from anyflash.kernels.llvm.ir import BYTES, I32, I64, PTR, Builder, Scalar, Value
+from anyflash.kernels.llvm.ir import BYTES, FLOAT, I32, I64, PTR, Builder, Scalar, Value
 from anyflash.kernels.llvm.layout import ELEMENT, UserRows
 from anyflash.kernels.llvm.spec import SPLIT_KEYS, Spec, partial_bytes
 from anyflash.kernels.llvm.target import Target
@@ -61,7 +62,8 @@ class _Decode(Frame):
         super().__init__(b, spec, target)
         rows, at_once, block_k = spec.decode_rows, spec.tile.rows, spec.block_k
         self.vectors = range(block_k // self.lanes)
-        self.stored = ELEMENT[spec.dtype]
+        # 8-bit floats are made numbers tile by tile.
+        self.stored = FLOAT if spec.dtype_kv in FLOATS8 else ELEMENT[spec.dtype_kv]
         self.width, self.width_v = self.dim * self.size, self.dim_v * self.size
         self.keys_row = block_k * self.size
         self.q_rows = self.scratch(rows * self.width)
@@ -170,7 +172,7 @@ class _Decode(Frame):
                 return []
             token = rows.seq.k_start + b.min(key + (j + spec.block_k), last - 1)
             sources = [self.rows(array, rows.seq.batch, token, rows.kv_head) for array in ("k", "v")]
-            return [(x.row(b, 0), x.row_stride, x.columns * BYTES[self.stored]) for x in sources]
+            return [(x.row(b, 0), x.row_stride, x.columns * BYTES[ELEMENT[x.dtype]]) for x in sources]
 
         row_products(
             b, KeyRows(b.at(self.q_rows, first * self.width), self.width, self.element), k, spec.block_k,
@@ -194,7 +196,7 @@ class _Decode(Frame):
         def pack() -> None:
             layout.pack_rows(b, source, spare, stride, keys, self.spec.block_k, self.stored, self.lanes)
 
-        if source.dense and source.columns % self.lanes == 0:
+        if source.dense and source.columns % self.lanes == 0 and self.stored == ELEMENT[source.dtype]:
 
             def in_place() -> None:
                 place.set(source.row(b, 0))
@@ -351,7 +353,7 @@ class _Decode(Frame):
             b.store(
                 b.select(none, b.const(math.inf, self.element), log2_l), b.at(stats, self.word("stats_plane"))
             )
-            inverse = b.select(none, zero, one / l)
+            inverse = self.factored(b.select(none, zero, one / l), rows.seq, head)
             layout.unpack_rows(
                 b, b.at(self.o, r * self.width_v), self.width_v, self.user_row("out", rows, r), b.const(1,
                 I64), self.element, self.lanes, inverse,

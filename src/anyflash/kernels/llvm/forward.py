@@ -248,6 +248,7 @@ class _Forward(Frame):
             inverse = b.select(none, b.const(0.0, self.vector), b.const(1.0, self.vector) / l)
             if self.spec.dropout:
                 inverse = inverse * self.number("keep_scale")
+            inverse = self.factored(inverse, seq, head)
             pivot = b.select(b.compare("eq", m, -math.inf), b.const(0.0, self.vector), m)
             log2_l = vmath.log2(b, l)
             lse = b.select(none, b.const(-math.inf, self.vector), self.lse(pivot, log2_l))

@@ -60,6 +60,7 @@ class Frame:
         self.dim_v = padded(spec.head_dim_v, self.lanes)
         self.score = parse(spec.score) if spec.score else None
         self.mask = parse(spec.mask) if spec.mask else None
+        self.factor = parse(spec.factor) if spec.factor else None
         self.hides = hides_pairs(self.score)
         # Without a program the products give S in units of log2.
         self.plain = self.score is None
@@ -111,11 +112,12 @@ class Frame:
         else:
             offset = offset + batch * self.word(f"{array}_batch") + token * self.word(f"{array}_token")
         columns = self.spec.head_dim if array in ("q", "k", "dq", "dk") else self.spec.head_dim_v
+        dtype = {"k": self.spec.dtype_kv, "v": self.spec.dtype_kv, "out": self.spec.dtype_out}.get(array)
         return UserRows(
             self.b.at(self.pointer(array), offset),
             self.word(f"{array}_token"),
             self.word(f"{array}_dim"),
-            self.spec.dtype,
+            dtype or self.spec.dtype,
             columns,
             array in self.spec.dense,
             pages,
@@ -270,6 +272,13 @@ class Frame:
 
     def not_finite(self, rows: Value, size: Scalar) -> Value:
         return self.form.finite(rows, size) ^ True
+
+    def factored(self, inverse: Value, seq: Sequence, head: Value) -> Value:
+        """The reciprocal of a row's sum, times the program's factor of out."""
+        if self.factor is None:
+            return inverse
+        emit = self.emitter({"batch": self.b.to_int(seq.batch, I32), "head": self.b.to_int(head, I32)})
+        return inverse * emit(self.factor)
 
     def lse(self, m: Value, log2_l: Value) -> Value:
         """Of a row, from its maximum in the unit of scores."""

@@ -109,7 +109,7 @@ class Keys:
         def pack() -> None:
             layout.pack_rows(b, source, array.rows, stride, keys, whole, form.row_element, form.row_lanes)
 
-        if not source.dense or not form.same_memory(self.frame.spec.dtype, source.columns):
+        if not source.dense or not form.same_memory(source.dtype, source.columns):
             pack()
             return array.rows
         place = b.var(PTR, source.row(b, 0))

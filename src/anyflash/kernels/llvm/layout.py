@@ -10,8 +10,10 @@ that the products read full aligned vectors whatever the user's strides, dtype, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from anyflash.core.dtypes import FLOATS8
 from anyflash.kernels.llvm.ir import (
     BFLOAT,
     BYTES,
@@ -19,6 +21,7 @@ from anyflash.kernels.llvm.ir import (
     FLOAT,
     HALF,
     I1,
+    I8,
     I16,
     I32,
     I64,
@@ -31,7 +34,15 @@ from anyflash.kernels.llvm.ir import (
     vec,
 )
 
-ELEMENT = {"float32": FLOAT, "float64": DOUBLE, "float16": HALF, "bfloat16": BFLOAT}
+# In memory; 8-bit floats are bits there, which `numbers` reads.
+ELEMENT = {
+    "float32": FLOAT,
+    "float64": DOUBLE,
+    "float16": HALF,
+    "bfloat16": BFLOAT,
+    "float8_e4m3fn": I8,
+    "float8_e5m2": I8,
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,23 @@ def convert(b: Builder, value: Value, element: str) -> Value:
     return b.bitcast(b.cast("trunc", high, I16), vec(BFLOAT, lanes))
 
 
+def numbers(b: Builder, value: Value, dtype: str, element: str) -> Value:
+    """What was loaded of an array of `dtype`, as numbers of type `element`. Exact for 8-bit floats."""
+    if dtype not in FLOATS8:
+        return convert(b, value, element)
+    lanes = lanes_of(value.type)
+    wide = b.cast("zext", value, I16)
+    if dtype == "float8_e5m2":
+        # The upper half of a float16.
+        return convert(b, b.bitcast(wide << 8, vec(HALF, lanes)), element)
+    # Exponents of e4m3 start 8 below those of float16; all ones but the sign is its one NaN, and no infinity.
+    magnitude = wide & 0x7F
+    half = b.bitcast((magnitude << 7) | ((wide & 0x80) << 8), vec(HALF, lanes))
+    scaled = b.to_float(half, FLOAT) * 256.0
+    found = b.select(b.compare("eq", magnitude, 0x7F), b.const(math.nan, scaled.type), scaled)
+    return convert(b, found, element)
+
+
 def pack_rows(
     b: Builder,
     source: UserRows,
@@ -115,7 +143,7 @@ def pack_rows(
     whole, rest = divmod(source.columns, lanes)
 
     def finish(value: Value) -> Value:
-        value = convert(b, value, element)
+        value = numbers(b, value, source.dtype, element)
         return value if scale is None else value * scale
 
     with b.loop(0, valid) as r:

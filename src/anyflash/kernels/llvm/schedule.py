@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anyflash.core.dtypes import kind
+from anyflash.core.dtypes import FLOATS8, kind
 from anyflash.core.view import View
 from anyflash.kernels.llvm.loads import loads_of, staged_axes
 from anyflash.kernels.llvm.spec import (
@@ -62,8 +62,9 @@ def block_q(problem: Problem, target_name: str) -> int:
 
 
 def dot(target: Target, dtype: str) -> Dot:
-    """bfloat16 goes in pairs where the machine has instructions for them."""
-    if dtype == "bfloat16" and target.vector_bytes == 64:
+    """bfloat16 goes in pairs where the machine has instructions for them, and so do 8-bit floats, each of
+    which is a bfloat16."""
+    if dtype in ("bfloat16", *FLOATS8) and target.vector_bytes == 64:
         return "tiles" if target.tiles else "pair" if target.bf16_dot else "number"
     return "number"
 
@@ -116,9 +117,9 @@ def reads_in_place(problem: Problem, target: Target, view: View) -> bool:
     """Whether rows of k or v lie in memory as packed rows do."""
     columns, form = view.shape[-1], dot(target, problem.dtype)
     if form == "number":
-        fits = problem.dtype in ("float32", "float64") and columns % lanes(target, problem.dtype) == 0
+        fits = view.dtype in ("float32", "float64") and columns % lanes(target, problem.dtype) == 0
     else:
-        fits = columns % (2 * lanes(target, problem.dtype)) == 0
+        fits = view.dtype == "bfloat16" and columns % (2 * lanes(target, problem.dtype)) == 0
     if problem.addressing == "paged" and problem.page_size % BLOCK_K:
         return False
     return fits and view.strides[-1] == view.itemsize and view.strides[-3] == columns * view.itemsize
@@ -229,10 +230,13 @@ def make_spec(
     return Spec(
         part=part,
         dtype=problem.dtype,
+        dtype_kv=problem.dtype_kv,
+        dtype_out=problem.dtype_out,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         score=program.score,
         mask=program.mask,
+        factor=program.factor,
         tables=codes,
         dropout=program.dropout_p > 0.0,
         sinks=program.sinks,

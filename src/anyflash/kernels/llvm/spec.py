@@ -75,14 +75,17 @@ class Spec:
     """`dense` names the arrays whose head_dim is contiguous. Tile sizes: `query_vectors` vectors of queries
     by `block_k` keys; `dot` is the form of the products' operands (see form) and `tile` their register
     tile. `decode_rows` counts the rows of a decode's row group; a backward that has it is for the
-    sequences that were decoded."""
+    sequences that were decoded. `dtype` is that of q."""
 
     part: Part
     dtype: str
+    dtype_kv: str
+    dtype_out: str
     head_dim: int
     head_dim_v: int
     score: str | None
     mask: str | None
+    factor: str | None
     tables: tuple[TableCode, ...]
     dropout: bool
     sinks: bool
