@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 pytest.importorskip("torch")
 
+import numpy as np
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -208,10 +207,38 @@ def test_pointers() -> None:
     )
 
 
+@dataclass(frozen=True)
+class Address:
+    address: int
+    dtype: Any
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bare_addresses(known: bool) -> None:
+    """Bounded by the arrays that are named, or by pages alone."""
+    x, y = np.ones((50, 16), np.float32), np.zeros(50, np.float32)
+    lengths = np.array([0, 3, 20, 50], np.int32)
+    given = [
+        Address(array.__array_interface__["data"][0], getattr(torch, str(array.dtype)))
+        for array in (x, y, lengths)
+    ]
+    memory = (x, y, lengths) if known else ()
+    emulate(kernels.row_sums, (3,), *given, 32, 16, memory=memory)
+    assert (y == 16).all()
+    if known:
+        with pytest.raises(OutOfBounds, match="of a tensor of 4 are addressed"):
+            emulate(kernels.row_sums, (4,), *given, 32, 16, memory=memory)
+    with pytest.raises(OutOfBounds, match="nothing lies at address"):
+        emulate(kernels.row_sums, (1,), Address(8, torch.float32), *given[1:], 32, 16, memory=memory)
+
+
 def test_boxes_past_the_edges() -> None:
     x = torch.arange(60.0).view(6, 10)[:, :8].contiguous()
     layout = gl.NVMMASharedLayout(0, 32)
-    described = Descriptor(x, x.shape, x.stride(), [4, 4], layout)
+    described = Descriptor(x.view(-1), 0, x.shape, x.stride(), [4, 4], layout)
     got = described.read([4, 6])
     assert torch.equal(got[:2, :2], x[4:, 6:])
     assert not got[2:].any() and not got[:, 2:].any()
@@ -223,7 +250,8 @@ def test_addresses_wrap() -> None:
     """A window whose last rows are a sequence's: the first axis takes a whole turn, less as many steps."""
     far, step = 2**30, 16
     x = torch.arange(20.0 * step).view(20, step).bfloat16()
-    described = Descriptor(x, (far + 1, far, far, step), (2**34 - step, step, step, 1), [1, 1, 8, step], None)
+    extents, steps = (far + 1, far, far, step), (2**34 - step, step, step, 1)
+    described = Descriptor(x.view(-1), 0, extents, steps, [1, 1, 8, step], None)
     start, length = 3, 5
     for row in (0, 2, 5):
         got = described.read([far, start + length, far - length + row, 0])[0, 0]

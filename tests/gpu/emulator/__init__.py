@@ -19,14 +19,15 @@ kernel that breaks a rule raises an error of `errors` that names buffer, stage, 
     launch          arguments, programs of the grid
     scheduler       partitions, policies, events; machine: the one launch that runs
     clocks          what has happened before what
-    memory          shared memory: races, fences;  device_memory: global memory
+    memory          shared memory: races, fences;  device_memory, regions: global memory
     barriers        mbarriers and named barriers
     tma, wgmma      asynchronous copies and products
     tensor, dtypes, language    values, and Gluon's functions of them
     mutations       broken kernels, made by dropping one call at a time
     source          lines and names in messages
 
-Kernels reach TMA, barriers, wgmma and fences by Gluon's own names or by those of `kernels/gluon/hopper.py`.
+It works as well where Triton's interpreter is on, so a call may mix emulated and interpreted kernels. Kernels
+reach TMA, barriers, wgmma and fences by Gluon's own names or by those of `kernels/gluon/hopper.py`.
 
 A race is found whatever the schedule, as long as the two accesses are made in some run: order is followed by
 vector clocks along mbarriers, named barriers, and starts and ends of partitions.

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpu.emulator import machine
 from gpu.emulator.errors import OutOfBounds, Race
 from gpu.emulator.source import where
 from gpu.emulator.tensor import Int, Pointer, Tensor, common_layout
-
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole storage of a tensor as one row of its elements."""
-    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
 
 
 class Owners:
@@ -33,7 +29,10 @@ class Owners:
         if not self._exclusive:
             return
         key = (memory.data_ptr(), memory.element_size())
-        owners = self._of.setdefault(key, torch.zeros(memory.numel(), dtype=torch.int32))
+        if key not in self._of:
+            # numpy leaves pages untouched until they are written.
+            self._of[key] = torch.from_numpy(np.zeros(memory.numel(), np.int32))
+        owners = self._of[key]
         seen = owners[part] if isinstance(part, torch.Tensor) else owners.as_strided(*part)
         if bool(((seen != 0) & (seen != program.number)).any()):
             other = int(seen[(seen != 0) & (seen != program.number)].flatten()[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from gpu.emulator import machine, tma, wgmma
-from gpu.emulator.device_memory import Owners, flat
+from gpu.emulator.device_memory import Owners
 from gpu.emulator.errors import EmulationError, InFlight
+from gpu.emulator.regions import Regions
 from gpu.emulator.scheduler import Policy, Scheduler, Task
 from gpu.emulator.tensor import Int, Pointer, Tensor
 from gpu.emulator.translate import Translator
@@ -21,13 +22,24 @@ from gpu.emulator.translate import Translator
 SHARED_BYTES = 232_448
 
 
-def _argument(value: Any, translator: Translator, kind: str = "") -> Any:
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, TensorDescriptor):
+            yield from _tensors((value.base,))
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
+def _argument(value: Any, translator: Translator, regions: Regions, kind: str = "") -> Any:
     if isinstance(value, TensorDescriptor):
-        return tma.Descriptor(
-            value.base, value.shape, value.strides, value.block_shape, value.layout, value.padding
-        )
-    if isinstance(value, torch.Tensor):
-        return Pointer(flat(value), Int(value.storage_offset(), 64))
+        memory, start = regions.at(value.base.data_ptr(), value.base.dtype)
+        extents = value.shape, value.strides, value.block_shape
+        return tma.Descriptor(memory, start, *extents, value.layout, value.padding)
+    if hasattr(value, "data_ptr"):
+        memory, start = regions.at(value.data_ptr(), value.dtype)
+        return Pointer(memory, Int(start, 64))
     if isinstance(value, bool):
         return Int(value, 1)
     if isinstance(value, int):
@@ -35,7 +47,7 @@ def _argument(value: Any, translator: Translator, kind: str = "") -> Any:
     if isinstance(value, float):
         return Tensor(torch.tensor(value, dtype=torch.float32))
     if isinstance(value, tuple | list):
-        return tuple(_argument(part, translator) for part in value)
+        return tuple(_argument(part, translator, regions) for part in value)
     return translator.value(value)
 
 
@@ -52,15 +64,19 @@ def emulate(
     seed: int = 0,
     resident: int = 1,
     exclusive: bool = True,
+    memory: Iterable[Any] | None = None,
     replaced: Mapping[Any, Callable[..., Any]] | None = None,
     **constants: Any,
 ) -> int:
     """Run a `gluon.jit` kernel on CPU tensors; an error of `gpu.emulator.errors` says what is wrong with it.
 
     grid: programs along up to three axes. arguments, constants: the kernel's, by place or by name: tensors on
-    the CPU, TensorDescriptors over such, numbers, tuples. `num_warps` is that of the default partition.
+    the CPU (or what has `data_ptr` and `dtype`), TensorDescriptors over such, numbers, tuples. `num_warps` is
+    that of the default partition.
     seed: the schedule; see `scheduler.Policy`. resident: programs that run at the same time. exclusive: no
-    element of global memory is stored by two programs. replaced: functions to run instead of others.
+    element of global memory is stored by two programs. memory: the arrays, of torch or numpy, that bound
+    addresses; without it, those of the arguments. An address in none of them is bounded by pages alone.
+    replaced: functions to run instead of others.
     Returns the shared memory that the kernel allocates, in bytes.
     """
     policy = Policy.of(seed)
@@ -72,13 +88,14 @@ def emulate(
         num_warps = constants.get("num_warps", 4)
     bound = inspect.signature(kernel.fn).bind(*arguments, **constants)
     bound.apply_defaults()
+    regions = Regions(memory if memory is not None else _tensors(bound.arguments.values()))
     given = []
     for parameter in kernel.params:
         value = bound.arguments[parameter.name]
         if parameter.is_constexpr:
             given.append(_constant(value, translator))
         else:
-            given.append(_argument(value, translator, str(parameter.annotation_type or "")))
+            given.append(_argument(value, translator, regions, str(parameter.annotation_type or "")))
     extents = (*[int(extent) for extent in grid], 1, 1)[:3]
     run = Scheduler(policy, Owners(exclusive))
     used = [0]

@@ -14,7 +14,6 @@ import torch
 
 from gpu.emulator import machine
 from gpu.emulator.barriers import Barrier
-from gpu.emulator.device_memory import flat
 from gpu.emulator.dtypes import to_gluon
 from gpu.emulator.errors import InFlight, Mismatch, OutOfBounds
 from gpu.emulator.memory import Operation, SharedMemory
@@ -25,17 +24,17 @@ from gpu.emulator.source import where
 class Descriptor:
     """A tensor descriptor: extents and steps over memory, and the extents of a box."""
 
-    def __init__(self, base: torch.Tensor, shape: Any, strides: Any, block_shape: Any, layout: Any,
-                 padding: str = "zero") -> None:  # fmt: skip
-        self._memory = flat(base)
-        self._start = base.storage_offset()
+    def __init__(self, memory: torch.Tensor, start: int, shape: Any, strides: Any, block_shape: Any,
+                 layout: Any, padding: str = "zero") -> None:  # fmt: skip
+        self._memory = memory
+        self._start = start
         self.shape = [int(extent) for extent in shape]
         self.strides = [int(step) for step in strides]
         self.block_shape = [int(extent) for extent in block_shape]
         self.layout = layout
         self._padding = 0.0 if padding == "zero" else float("nan")
-        size = base.element_size()
-        if any(step * size % 16 for step in self.strides[:-1]) or base.data_ptr() % 16:
+        size = memory.element_size()
+        if any(step * size % 16 for step in self.strides[:-1]) or (memory.data_ptr() + start * size) % 16:
             raise Mismatch(
                 f"TMA wants a base and steps of 16 bytes; steps are {self.strides} of {size} bytes"
             )
