@@ -50,11 +50,13 @@ _MOSAIC_TESTS = ("tests/adapters/test_composer.py", "tests/adapters/test_llm_fou
 
 _COMPILED = (
     "tests/gpu/test_compiled.py",
+    "tests/gpu/test_compiled_append.py",
     "tests/gpu/test_compiled_others.py",
     "tests/gpu/test_emulator.py",
 )
 _INTERPRETED = (
     "tests/gpu/test_interpreted.py",
+    "tests/gpu/test_interpreted_append.py",
     "tests/gpu/test_interpreted_device.py",
     "tests/gpu/test_precision.py",
 )

@@ -24,6 +24,7 @@ from anyflash.dispatch.plan import run_backward, run_forward
 from anyflash.semantics import addressing
 from anyflash.semantics.describe import describe
 from anyflash.semantics.operands import Gradients, Results, Saved
+from anyflash.semantics.problem import Program
 
 HEADS, KV_HEADS, DIM = 2, 1, 16
 LENS_Q, LENS_K = (3, 0, 40, 1, 7), (5, 4, 37, 0, 33)
@@ -128,7 +129,7 @@ def test_wrong_lengths_lead_nowhere(name: str, kind: str, unread: None) -> None:
     }
     bias = Poisoned.of(table(5, HEADS, 40, 37), "float32")
     problem, operands = describe(
-        f"(add score (load 0:f batch head row k))|(le k q)||{(0.0).hex()}|0",
+        Program("(add score (load 0:f batch head row k))", "(le k q)"),
         *(arrays[part].view for part in "qkv"),
         layout="thd",
         tables=(bias.view,),

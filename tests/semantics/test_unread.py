@@ -14,6 +14,9 @@ from anyflash.core.errors import InvalidCall
 from anyflash.dispatch.choose import summary
 from anyflash.dispatch.explain import explain
 from anyflash.semantics import addressing
+from anyflash.semantics.cache import Integers, describe_cache
+from anyflash.semantics.problem import Program
+from anyflash.semantics.rotary import Rotary
 
 F32 = np.float32
 
@@ -124,3 +127,95 @@ def test_explained_as_bounds() -> None:
     assert "unknown: the lengths lie outside host memory" in said
     assert "longest 9 and 12" in summary(problem, CPU)
     assert "of at most 9 and 12" in summary(problem, Device("cuda"))
+
+
+def view(array: Any) -> Any:
+    return None if array is None else direct.view_of(array, True)
+
+
+def cached(**changes: Any) -> Any:
+    """Two sequences, 3 new keys each, in three pages of 4 a sequence."""
+    arrays = {
+        "q": np.zeros((2, 3, 4, 8), F32),
+        "cache_k": np.zeros((9, 4, 2, 8), F32),
+        "cache_v": np.zeros((9, 4, 2, 8), F32),
+        "k": np.zeros((2, 3, 2, 8), F32),
+        "v": np.zeros((2, 3, 2, 8), F32),
+        "seqlens": np.zeros(2, np.int64),
+        "block_table": np.zeros((2, 3), np.int32),
+        "cos": np.ones((40, 4), F32),
+    } | changes
+    rows = ("q", "cache_k", "cache_v", "k", "v")
+    integers = Integers(*(view(arrays.get(name)) for name in Integers._fields))
+    rotary = Rotary(view(arrays["cos"]), view(arrays["cos"]), False)
+    layout = "thd" if integers.cu_seqlens_q is not None else "bshd"
+    return describe_cache(
+        Program(), *(view(arrays[name]) for name in rows), integers=integers, layout=layout, rotary=rotary
+    )
+
+
+def test_cache_problem_is_one_of_bounds() -> None:
+    wrong = {"seqlens": np.array([-1, 10**9]), "block_table": np.full((2, 3), 10**9)}
+    for call in (cached(), cached(**wrong)):
+        problem, operands = call.problem, call.operands
+        assert (problem.batch, problem.seqlen_q, problem.seqlen_k, operands.longest_k) == (2, 3, 16, 12)
+        assert call.placement is None
+        assert operands.seqused_k is None
+    packed_q = {"q": np.zeros((7, 4, 8), F32), "cu_seqlens_q": np.zeros(3, np.int32)}
+    new = {name: np.zeros((5, 2, 8), F32) for name in "kv"} | {"cu_seqlens_k": np.zeros(3, np.int64)}
+    call = cached(**packed_q, **new)
+    assert (call.problem.batch, call.problem.seqlen_q, call.problem.total_q) == (2, 7, 7)
+    assert call.operands.cu_seqlens_q is not None
+
+
+def test_what_is_given_is_handed_on() -> None:
+    """Lengths that nothing is added to or taken from are the number of keys."""
+    dense = {"cache_k": np.zeros((5, 30, 2, 8), F32), "cache_v": np.zeros((5, 30, 2, 8), F32)}
+    picked = np.array([3, 1])
+    call = cached(k=None, v=None, block_table=None, batch_idx=picked, **dense)
+    assert call.operands.seqused_k.ptr == call.integers.seqlens.ptr
+    assert call.operands.block_table.ptr == picked.ctypes.data
+    assert call.operands.block_table.shape == (2, 1)
+    whole = {name: array[:2] for name, array in dense.items()}
+    call = cached(k=None, v=None, block_table=None, seqlens=None, **whole)
+    assert call.operands.seqused_k is None
+    assert call.operands.block_table is None
+    assert (call.problem.seqlen_k, call.problem.num_pages) == (32, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seqlens": np.zeros(2, F32)}, "cache.seqlens: dtype float32, shape (2,); expected int32 or int64"),
+        (
+            {"seqlens": np.zeros(3, np.int32)},
+            "cache.seqlens: shape (3,); expected (2,), one entry a sequence",
+        ),
+        ({"seqlens": None}, "cache.seqlens: None; expected (2,) lengths"),
+        ({"leftpad": np.zeros((2, 1), np.int32)}, "cache.leftpad: shape (2, 1); expected (2,)"),
+        ({"block_table": np.zeros((3, 3), np.int32)}, "cache.block_table: shape (3, 3); expected (2, pages)"),
+        ({"block_table": None}, "cache.k: 9 sequences; expected 2, as many as q has"),
+        (
+            {"batch_idx": np.zeros(2, np.int32)},
+            "cache.batch_idx: an array; expected None beside a block_table",
+        ),
+        (
+            {"block_table": np.zeros((2, 0), np.int32)},
+            "k: 3 new keys a sequence; expected at most 0, the slots of its cache",
+        ),
+        (
+            {"k": np.zeros((3, 3, 2, 8), F32), "v": np.zeros((3, 3, 2, 8), F32)},
+            "k: 3 sequences; expected 2, as many as q has",
+        ),
+        ({"rotary_positions": np.zeros((2, 4), np.int32)}, "rotary_positions: shape (2, 4); expected (2, 3)"),
+        (
+            {"rotary_positions": np.zeros((2, 3), np.int32), "q": np.zeros((2, 4, 4, 8), F32)},
+            "rotary_positions: 3 for sequence 0, as many as new keys; expected at least 4",
+        ),
+        ({"cos": np.ones((0, 4), F32)}, "rotary cos: shape (0, 4); expected at least one position"),
+    ],
+)
+def test_what_a_cache_surely_lacks(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidCall) as caught:
+        cached(**changes)
+    assert str(caught.value).startswith(message)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from anyflash.core.device import Device
 from anyflash.core.view import View
+from anyflash.semantics.cache import CacheCall
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
 
@@ -42,6 +43,16 @@ class Backend(Protocol):
         self, problem: Problem, config: Any, operands: Operands, saved: Saved, grads: Gradients
     ) -> None:
         """Write every element of `grads`."""
+        ...
+
+    def append(self, problem: Problem, config: Any, call: CacheCall, turned: View | None) -> Operands:
+        """Write the new keys and values of a call over a KV cache into the cache, turned by its rotary
+        embedding, and the queries, turned, to `turned`: C-contiguous in canonical axes, None without rotary.
+
+        Returns the operands of the attention that follows: the call's, with the turned queries, and
+        `seqused_k` where that was not given. On a device the host waits for nothing, launches depend on
+        shapes alone, and whatever the integers say nothing outside the cache is written.
+        """
         ...
 
     def restate(self, problem: Problem, config: Any, lse: View, stats: View) -> None:

@@ -14,6 +14,7 @@ from anyflash.core.errors import InvalidCall
 from anyflash.core.threads import num_threads
 from anyflash.core.view import View
 from anyflash.semantics.arrays import as_numpy
+from anyflash.semantics.cache import CacheCall, write
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
 
@@ -222,6 +223,9 @@ class CpuBackend:
         paired = schedule.dot(target, problem.dtype) != "number"
         made = "bfloat16" if paired else "float32"
         return {"8-bit floats": f"read tile by tile as {made}, in float32 where queries are few"}
+
+    def append(self, problem: Problem, config: Config, call: CacheCall, turned: View | None) -> Operands:
+        return write(call, turned)
 
     def restate(self, problem: Problem, config: Config, lse: View, stats: View) -> None:
         # Kernels keep the maximum in the unit of scores, log2 without a program, and log2 of the sum.

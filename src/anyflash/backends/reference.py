@@ -12,6 +12,7 @@ from anyflash.core.errors import Unsupported
 from anyflash.core.view import View
 from anyflash.semantics import reference
 from anyflash.semantics.arrays import as_numpy
+from anyflash.semantics.cache import CacheCall, write
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
 
@@ -52,6 +53,9 @@ class Reference:
                 _write(view, value)
         if grads.dsinks is not None:
             _write(grads.dsinks, found.dsinks)
+
+    def append(self, problem: Problem, config: str, call: CacheCall, turned: View | None) -> Operands:
+        return write(call, turned)
 
     def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:
         raise Unsupported(

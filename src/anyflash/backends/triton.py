@@ -8,6 +8,7 @@ from typing import Any
 
 from anyflash.core.device import Device
 from anyflash.core.view import View
+from anyflash.semantics.cache import CacheCall
 from anyflash.semantics.limits import integers_too_wide
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
@@ -64,6 +65,11 @@ class Triton:
         from anyflash.kernels.triton import launch
 
         launch.backward(problem, operands, saved, grads)
+
+    def append(self, problem: Problem, config: str, call: CacheCall, turned: View | None) -> Operands:
+        from anyflash.kernels.triton import launch_append
+
+        return launch_append.append(problem, call, turned)
 
     def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:
         from anyflash.kernels.triton import launch

@@ -12,6 +12,7 @@ from anyflash.core.errors import AnyflashError, BackendBroken
 from anyflash.core.log import logger
 from anyflash.core.view import View
 from anyflash.dispatch.choose import choose, summary
+from anyflash.semantics.cache import CacheCall
 from anyflash.semantics.describe import check_backward, check_forward
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
@@ -76,6 +77,11 @@ def execute_forward(made: Plan, operands: Operands, results: Results) -> None:
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("forward on %s: %r %r", made.backend.name, made.problem, operands)
     guard(made.backend, "running forward", made.backend.forward, made.problem, made.config, operands, results)
+
+
+def execute_append(made: Plan, call: CacheCall, turned: View | None) -> Operands:
+    """Write what is new into a cache; see `Backend.append`."""
+    return guard(made.backend, "appending", made.backend.append, made.problem, made.config, call, turned)
 
 
 def execute_backward(made: Plan, operands: Operands, saved: Saved, grads: Gradients) -> None:

@@ -6,12 +6,12 @@ The plan comes before the first write, so that a call that no backend can run le
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from anyflash.core.view import View
-from anyflash.dispatch.plan import Plan, plan
-from anyflash.semantics.cache import Integers, append, describe_cache, rotate_queries
+from anyflash.dispatch.plan import Plan, execute_append, plan
+from anyflash.semantics.cache import Integers, describe_cache
 from anyflash.semantics.operands import Operands
 from anyflash.semantics.rotary import Rotary
 
@@ -67,11 +67,8 @@ def begin(
         names=request.names,
         sinks=optional(request.sinks),
     )
-    operands = call.operands
-    made = plan(call.problem, operands.q.device, request.backend)
-    append(call)
+    made = plan(call.problem, call.operands.q.device, request.backend)
+    turned = None
     if rotary is not None:
         _, turned = empty(call.problem.q_shape, call.problem.dtype, request.q)
-        rotate_queries(call, turned)
-        operands = replace(operands, q=turned)
-    return made, operands
+    return made, execute_append(made, call, turned)

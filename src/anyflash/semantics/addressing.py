@@ -73,6 +73,13 @@ class Varlen:
     read: bool = True
 
     @property
+    def bounds(self) -> tuple[str, ...]:
+        """Variables of whose range only bounds are known."""
+        if self.read:
+            return ()
+        return ("q", "k", "k_len") if self.q_len[0] == self.q_len[1] else ("row", "q", "k", "q_len", "k_len")
+
+    @property
     def ranges(self) -> dict[str, tuple[int, int]]:
         return {
             "row": (0, self.longest_q - 1),

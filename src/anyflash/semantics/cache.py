@@ -1,11 +1,13 @@
 """One call over a KV cache: from its views to Problem and Operands, and what is written into the cache.
 
-`describe_cache` raises every error of the user's; `append` and `rotate_queries` then only write.
+`describe_cache` raises every error of the user's; `write` then only writes, in host memory. On a device that
+is a kernel's job, and integers are not read: see `unread`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from anyflash.core.errors import InvalidCall
 from anyflash.core.view import View
+from anyflash.semantics import addressing, unread
 from anyflash.semantics.addressing import LAYOUTS, to_canonical
 from anyflash.semantics.arrays import as_numpy
 from anyflash.semantics.checks import check_rank, pages_layout, problem_of
@@ -20,7 +23,7 @@ from anyflash.semantics.describe import check_devices, named
 from anyflash.semantics.operands import Operands
 from anyflash.semantics.paging import Given, Placement, place
 from anyflash.semantics.problem import Problem, Program
-from anyflash.semantics.rotary import Rotary, check_positions, check_rotary, rotated
+from anyflash.semantics.rotary import Rotary, check_positions, check_rotary, check_some_positions, rotated
 
 _MAX_KEPT = 4096
 _problems: dict[tuple[Any, ...], Problem] = {}
@@ -41,15 +44,18 @@ class Integers(NamedTuple):
 class CacheCall(NamedTuple):
     """A described call.
 
-    new      keys and values to be appended, rows of sequences first to last; None if there are none
-    rotary   how queries and new keys are turned; None if they are not
+    placement  what its integers say; None where they are not read
+    new        keys and values to be appended, in canonical axes; None if there are none
+    rotary     how queries and new keys are turned; None if they are not
+    integers   as they were given
     """
 
     problem: Problem
     operands: Operands
-    placement: Placement
+    placement: Placement | None
     new: tuple[View, View] | None
     rotary: Rotary | None
+    integers: Integers
 
 
 def describe_cache(
@@ -86,8 +92,9 @@ def describe_cache(
     )
     rows_new = None if k is None else to_canonical(layout_new, k.shape)[:-2]
     pages = to_canonical(pages_layout(layout), cache_k.shape)[:-2]
-    placement = place(Given(to_canonical(layout, q.shape)[:-2], rows_new, pages, *integers))
-    said = placement.lengths
+    given = Given(to_canonical(layout, q.shape)[:-2], rows_new, pages, *integers)
+    placement = place(given) if addressing.readable(q) else None
+    said = unread.bounds(given) if placement is None else placement.lengths
     key = (
         program,
         layout,
@@ -95,7 +102,7 @@ def describe_cache(
         *[view and (view.dtype, view.shape) for view in (q, cache_k, cache_v, k, v, sinks)],
         rotary and (rotary.cos.dtype, rotary.cos.shape, rotary.sin.dtype, rotary.sin.shape),
         said if tables else (said.batch, said.longest_q, said.longest_k),
-        placement.leftpad is not None,
+        integers.leftpad is not None,
         tuple([(table.dtype, table.shape) for table in tables]),
     )
     problem = _problems.get(key)
@@ -113,7 +120,7 @@ def describe_cache(
             said,
             True,
             True,
-            placement.leftpad is not None,
+            integers.leftpad is not None,
         )
         _check_new(problem, layout_new, k, v)
         if rotary is not None:
@@ -124,31 +131,58 @@ def describe_cache(
     if k is not None:
         _check_writable("cache.k", cache_k)
         _check_writable("cache.v", cache_v)
-    if rotary is not None:
+    if rotary is not None and placement is not None:
         check_positions(rotary, "k", placement.positions_k)
         check_positions(rotary, "q", placement.positions_q)
+    elif rotary is not None:
+        check_some_positions(rotary)
     new = None if k is None or v is None else (_canonical(layout_new, k), _canonical(layout_new, v))
-    operands = Operands(
-        _canonical(layout, q),
-        _canonical(layout, cache_k),
-        _canonical(layout, cache_v),
-        tuple(tables),
-        sinks,
-        placement.cu_seqlens_q,
-        None,
-        placement.seqused_k,
-        0,
-        placement.block_table,
-        placement.leftpad,
-        placement.longest_k,
-    )
-    return CacheCall(problem, operands, placement, new, rotary)
+    views = _canonical(layout, q), _canonical(layout, cache_k), _canonical(layout, cache_v)
+    if placement is not None:
+        operands = Operands(
+            *views,
+            tuple(tables),
+            sinks,
+            placement.cu_seqlens_q,
+            None,
+            placement.seqused_k,
+            0,
+            placement.block_table,
+            placement.leftpad,
+            placement.longest_k,
+        )
+    else:
+        known = k is None and integers.leftpad is None
+        operands = Operands(
+            *views,
+            tuple(tables),
+            sinks,
+            integers.cu_seqlens_q,
+            None,
+            integers.seqlens if known else None,
+            0,
+            unread.block_table(given),
+            integers.leftpad,
+            said.k_len[1],
+        )
+    return CacheCall(problem, operands, placement, new, rotary, integers)
+
+
+def write(call: CacheCall, turned: View | None) -> Operands:
+    """Write what is new into the cache, in host memory, and the queries to `turned`, which is C-contiguous in
+    canonical axes; None if they are not turned. Returns the operands of the attention that follows."""
+    append(call)
+    if turned is None:
+        return call.operands
+    rotate_queries(call, turned)
+    return replace(call.operands, q=turned)
 
 
 def append(call: CacheCall) -> None:
     """Write the new keys, turned if that is asked for, and values into the cache."""
     if call.new is None:
         return
+    assert call.placement is not None
     pages, rows = call.placement.pages, call.placement.rows
     for new, cache, turn in zip(call.new, (call.operands.k, call.operands.v), (True, False), strict=True):
         source, target = _flat(new)[: len(pages)], as_numpy(cache)
@@ -162,6 +196,7 @@ def append(call: CacheCall) -> None:
 def rotate_queries(call: CacheCall, out: View) -> None:
     """Write turned queries to `out`, which is C-contiguous in canonical axes."""
     assert call.rotary is not None
+    assert call.placement is not None
     positions = call.placement.positions_q
     source, target = _flat(call.operands.q), as_numpy(out).reshape(-1, *out.shape[-2:])
     target[len(positions) :] = source[len(positions) :]

@@ -139,7 +139,7 @@ def problem_of(
         if sinks.shape != (heads_q,):
             raise InvalidCall("sinks", f"shape {sinks.shape}", f"({heads_q},), one logit a query head")
     ranges = {**ranges, "batch": (0, batch - 1), "head": (0, heads_q - 1)}
-    _check_tables(program, tables, names, ranges, lengths is None or lengths.read)
+    _check_tables(program, tables, names, ranges, () if lengths is None else lengths.bounds)
     return Problem(
         program=program,
         dtype=q.dtype,
@@ -171,10 +171,10 @@ def _check_tables(
     tables: Sequence[View],
     names: Sequence[str],
     ranges: dict[str, tuple[int, int]],
-    exact: bool,
+    bounds: Sequence[str],
 ) -> None:
-    """Every load names a table of the right rank and kind, with indices that can lie inside it. Ranges of
-    positions are bounds unless `exact`."""
+    """Every load names a table of the right rank and kind, with indices that can lie inside it. Of variables
+    in `bounds` the ranges may be shorter."""
     used: set[int] = set()
 
     def check(node: Expr) -> None:
@@ -199,7 +199,7 @@ def _check_tables(
                 name, f"shape {table.shape}", f"{len(node.args)} axes, as {text.pretty(node)} reads it"
             )
         for axis, (index, extent) in enumerate(zip(node.args, table.shape, strict=True)):
-            _check_index(name, table, axis, index, extent, ranges, exact)
+            _check_index(name, table, axis, index, extent, ranges, bounds)
 
     for source in (program.score, program.mask, program.factor):
         if source is not None:
@@ -215,12 +215,12 @@ def _check_index(
     index: Expr,
     extent: int,
     ranges: dict[str, tuple[int, int]],
-    exact: bool,
+    bounds: Sequence[str],
 ) -> None:
     if any(low > high for low, high in ranges.values()):
         return  # there is no pair of a query and a key, so nothing is read
     low, high = (int(end) for end in bound(index, ranges, Numbers()))
-    whole = index.op == "var" and (exact or index.value in ("batch", "head"))
+    whole = index.op == "var" and index.value not in bounds
     inside = low >= 0 and high < extent if whole else low < extent and high >= 0
     if not inside:
         raise InvalidCall(

@@ -24,6 +24,15 @@ class Operands:
                   that hold no key of the sequence
     leftpad_k     (batch,) int32, or None for zeros
     longest_k     the greatest of seqused_k in a paged problem
+
+    That is so in host memory, where their values were read and checked. On a device they are the user's own
+    arrays and nobody has looked into them: int32 or int64, any strides, any values. A kernel holds starts and
+    lengths inside the arrays, and looks only at entries of the page table that hold a key, each held inside
+    the cache. In a paged problem there
+
+    seqused_k     counts the new keys, without the left padding; None until `Backend.append` says it
+    block_table   None means that sequence b is page b
+    longest_k     the slots of a sequence, and not more than problem.seqlen_k
     """
 
     q: View

@@ -44,7 +44,7 @@ class Given(NamedTuple):
     rotary_positions: View | None = None
 
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "cu_seqlens_q",
     "cu_seqlens_k",
     "cache.seqlens",
@@ -82,13 +82,13 @@ def place(given: Given) -> Placement:
     from, unless they are many. Raises InvalidCall."""
     views = given[3:]
     if sum(view.size for view in views if view is not None) > _MAX_KEPT_SIZE:
-        for name, view in zip(_ARGUMENTS, views, strict=True):
+        for name, view in zip(ARGUMENTS, views, strict=True):
             if view is not None:
                 check_integers(name, view)
         return _place(given)
     key = (
         *given[:3],
-        *[None if v is None else read_bytes(name, v) for name, v in zip(_ARGUMENTS, views, strict=True)],
+        *[None if v is None else read_bytes(name, v) for name, v in zip(ARGUMENTS, views, strict=True)],
     )
     found = _read.get(key)
     if found is None:
@@ -105,11 +105,7 @@ def _place(given: Given) -> Placement:
     new_lens = np.zeros(batch, np.int64)
     if given.rows_new is not None:
         _, new_lens = _lengths("cu_seqlens_k", given.rows_new, given.cu_seqlens_k, "k")
-        if len(new_lens) != batch:
-            raise InvalidCall("k", f"{len(new_lens)} sequences", f"{batch}, as many as q has")
-        if given.seqlens is None:
-            expected = f"({batch},) lengths: new keys are written behind them"
-            raise InvalidCall("cache.seqlens", "None", expected)
+        check_new(given, len(new_lens), batch)
     table = _table(given, batch)
     capacity = min(table.shape[1] * page_size, INT32_MAX)
     old = _per_sequence("cache.seqlens", given.seqlens, batch, capacity)
@@ -167,24 +163,48 @@ def _positions(
     slots = [np.repeat(ends - lens, lens) + _within(lens) for lens in (new_lens, q_lens)]
     if given.rotary_positions is None:
         return slots[0], slots[1]
+    check_positions_shape(given)
+    positions = as_numpy(given.rotary_positions).astype(np.int64).reshape(-1)
+    if given.rows_new is None:
+        return slots[0], positions[: len(slots[1])]
+    short = np.flatnonzero(q_lens > new_lens)
+    if len(short):
+        b = int(short[0])
+        raise too_few_positions(b, int(new_lens[b]), int(q_lens[b]))
+    last = np.repeat(np.cumsum(new_lens) - q_lens, q_lens) + _within(q_lens)
+    return positions[: len(slots[0])], positions[last]
+
+
+def check_new(given: Given, sequences: int, batch: int) -> None:
+    """Raises InvalidCall unless the new keys are of as many sequences as q, with lengths to go behind."""
+    if sequences != batch:
+        raise InvalidCall("k", f"{sequences} sequences", f"{batch}, as many as q has")
+    if given.seqlens is None:
+        expected = f"({batch},) lengths: new keys are written behind them"
+        raise InvalidCall("cache.seqlens", "None", expected)
+
+
+def check_positions_shape(given: Given) -> None:
+    if given.rotary_positions is None:
+        return
     name, rows = ("q", given.rows_q) if given.rows_new is None else ("k", given.rows_new)
     if given.rotary_positions.shape != tuple(rows):
         raise InvalidCall(
             "rotary_positions", f"shape {given.rotary_positions.shape}", f"{tuple(rows)}, the rows of {name}"
         )
-    positions = as_numpy(given.rotary_positions).astype(np.int64).reshape(-1)
-    if name == "q":
-        return slots[0], positions[: len(slots[1])]
-    short = np.flatnonzero(q_lens > new_lens)
-    if len(short):
-        b = int(short[0])
-        raise InvalidCall(
-            "rotary_positions",
-            f"{new_lens[b]} for sequence {b}, as many as new keys",
-            f"at least {q_lens[b]}, as many as queries: those have the positions of the last keys",
-        )
-    last = np.repeat(np.cumsum(new_lens) - q_lens, q_lens) + _within(q_lens)
-    return positions[: len(slots[0])], positions[last]
+
+
+def too_few_positions(sequence: int, new: int, queries: int) -> InvalidCall:
+    return InvalidCall(
+        "rotary_positions",
+        f"{new} for sequence {sequence}, as many as new keys",
+        f"at least {queries}, as many as queries: those have the positions of the last keys",
+    )
+
+
+def rounded_up(longest_k: int) -> int:
+    """To a power of two, so that the steps of a decoding are mostly one problem."""
+    return 1 << (longest_k - 1).bit_length() if longest_k else 0
 
 
 def _said(q_lens: Integers, k_lens: Integers, longest_k: int) -> Varlen:
@@ -195,7 +215,7 @@ def _said(q_lens: Integers, k_lens: Integers, longest_k: int) -> Varlen:
     return Varlen(
         len(q_lens),
         longest_q,
-        1 << (longest_k - 1).bit_length() if longest_k else 0,
+        rounded_up(longest_k),
         (int(firsts.min()), int(ends.max()) - 1) if len(ends) else (0, -1),
         (int(q_lens.min(initial=longest_q)), longest_q),
         (int(k_lens.min(initial=longest_k)), longest_k),
@@ -204,6 +224,14 @@ def _said(q_lens: Integers, k_lens: Integers, longest_k: int) -> Varlen:
 
 def _table(given: Given, batch: int) -> Integers:
     """(batch, pages of a sequence): the page table, or one page a sequence of a dense cache."""
+    check_table_shape(given, batch)
+    if given.block_table is not None:
+        return as_numpy(given.block_table).astype(np.int64)
+    return _per_sequence("cache.batch_idx", given.batch_idx, batch, np.arange(batch))[:, None]
+
+
+def check_table_shape(given: Given, batch: int) -> None:
+    """Raises InvalidCall unless the pages of `batch` sequences are told, in one way."""
     num_pages = given.pages[0]
     if given.block_table is not None:
         if given.batch_idx is not None:
@@ -216,15 +244,13 @@ def _table(given: Given, batch: int) -> Integers:
                 f"shape {given.block_table.shape}",
                 f"({batch}, pages), a row a sequence of q",
             )
-        return as_numpy(given.block_table).astype(np.int64)
-    if given.batch_idx is None and num_pages != batch:
+    elif given.batch_idx is None and num_pages != batch:
         raise InvalidCall(
             "cache.k",
             f"{num_pages} sequences",
             f"{batch}, as many as q has",
             "batch_idx says which entries of a larger cache a call is about, block_table which pages",
         )
-    return _per_sequence("cache.batch_idx", given.batch_idx, batch, np.arange(batch))[:, None]
 
 
 def _needed(columns: int, pad: Integers, total: Integers, page_size: int) -> NDArray[np.bool_]:
@@ -281,9 +307,13 @@ def _check_writes(
 def _per_sequence(argument: str, view: View | None, batch: int, default: int | Integers = 0) -> Integers:
     if view is None:
         return np.zeros(batch, np.int64) + default
+    check_per_sequence(argument, view, batch)
+    return as_numpy(view).astype(np.int64)
+
+
+def check_per_sequence(argument: str, view: View, batch: int) -> None:
     if view.shape != (batch,):
         raise InvalidCall(argument, f"shape {view.shape}", f"({batch},), one entry a sequence of q")
-    return as_numpy(view).astype(np.int64)
 
 
 def _refuse(

@@ -63,6 +63,12 @@ def check_positions(rotary: Rotary, argument: str, positions: NDArray[np.int64])
     )
 
 
+def check_some_positions(rotary: Rotary) -> None:
+    """Raises InvalidCall if the tables say nothing of any position."""
+    if not rotary.cos.shape[0]:
+        raise InvalidCall("rotary cos", f"shape {rotary.cos.shape}", "at least one position")
+
+
 def rotated(
     x: NDArray[Any], positions: NDArray[np.int64], cos: NDArray[Any], sin: NDArray[Any], interleaved: bool
 ) -> Iterator[tuple[slice, NDArray[Any]]]:

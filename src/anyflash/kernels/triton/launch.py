@@ -20,6 +20,7 @@ from anyflash.kernels.triton import tables as table_kernels
 from anyflash.kernels.triton.device import architecture, current, empty, pointer, steps
 from anyflash.kernels.triton.precision import float32_products
 from anyflash.kernels.triton.program import Functions, functions
+from anyflash.kernels.triton.vectors import neighbours
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
 from anyflash.semantics.rng import threshold
@@ -117,7 +118,7 @@ def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
         delta,
         partial,
         pointer(operands.sinks) if operands.sinks is not None else None,
-        call.lengths[0],
+        _optional(call.lengths[0]),
         _rows(saved.out),
         _rows(saved.dout),
         _lse_steps(problem, steps(saved.dlse)) if saved.dlse is not None else (0, 0, 0),
@@ -245,19 +246,15 @@ class _Call:
 
     def shared_arrays(self) -> list[Any]:
         """sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables."""
-        sinks = self.operands.sinks
         tables = tuple([(pointer(t), steps(t), tuple(t.shape)) for t in self.operands.tables])
-        return [None if sinks is None else pointer(sinks), *self.lengths, tables]
+        return [*map(_optional, (self.operands.sinks, *self.lengths)), tables]
 
     @cached_property
-    def lengths(self) -> tuple[Any, Any, Any]:
+    def lengths(self) -> tuple[View | None, ...]:
         """cu_seqlens_q, cu_seqlens_k, seqused_k: kernels read them as rows of neighbours."""
         operands = self.operands
-        return (
-            _neighbours(operands.cu_seqlens_q),
-            _neighbours(operands.cu_seqlens_k),
-            _neighbours(operands.seqused_k),
-        )
+        views = (operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k)
+        return tuple([None if view is None else neighbours(view) for view in views])
 
     @property
     def extents(self) -> tuple[int, int]:
@@ -315,6 +312,10 @@ class _Call:
         )
 
 
+def _optional(view: View | None) -> Any:
+    return None if view is None else pointer(view)
+
+
 def _blocks(extent: int, block: int) -> int:
     return -(-extent // block)
 
@@ -351,7 +352,7 @@ def _fill_rows_of_no_sequence(call: _Call, results: Results) -> None:
         pointer(results.out),
         pointer(results.lse),
         pointer(results.stats),
-        call.lengths[0],
+        _optional(call.lengths[0]),
         _rows(results.out),
         _lse_steps(problem, steps(results.lse)),
         _stats_steps(problem, steps(results.stats)),
@@ -361,17 +362,6 @@ def _fill_rows_of_no_sequence(call: _Call, results: Results) -> None:
         WIDTH=max(16, 1 << (problem.head_dim_v - 1).bit_length()),
         BLOCK=16,
     )
-
-
-def _neighbours(view: View | None) -> Any:
-    """A kernel's argument for a vector: its memory, or a copy without gaps."""
-    if view is None:
-        return None
-    if view.size < 2 or steps(view) == (1,):
-        return pointer(view)
-    copied, block = empty(view.shape, view.device, view.dtype), 256
-    prepare.copy[(_blocks(view.size, block),)](pointer(view), copied, steps(view)[0], view.size, BLOCK=block)
-    return copied
 
 
 def _zero(view: View) -> None:

@@ -115,13 +115,6 @@ def stats_of_lse(lse, stats, lse_steps, stats_steps, size: tl.int64, heads, rows
 
 
 @triton.jit
-def copy(source, target, step: tl.int64, size, BLOCK: tl.constexpr):
-    """One program for each block of elements of a vector that lie `step` apart."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target + at, tl.load(source + at.to(tl.int64) * step, mask=at < size, other=0), mask=at < size)
-
-
-@triton.jit
 def zero(base, base_steps, size: tl.int64, second, third, fourth, BLOCK: tl.constexpr):
     """One program for each block of elements of an array with four axes, of which the last three are
     given."""
