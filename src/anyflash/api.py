@@ -165,6 +165,10 @@ def attention_varlen(
             cu_seqlens_q[i + 1] - 1 of q. Starts with 0, ascends, ends with at most total_q. Lengths may be 0.
         cu_seqlens_k: the same for k and v.
         seqused_k: (sequences,) int32 or int64: only that many keys of each sequence exist; None for all.
+            Lengths lie where q does. In host memory their values are checked. On a device only their shapes
+            are, because the host would have to wait for it: the call can be captured in a CUDA graph and run
+            again with other lengths. Wrong ones give a wrong result there, and never an access outside the
+            arrays.
         layout: "thd".
 
     The other arguments are those of `attention`, with `at.batch` the sequence's number and rows, positions

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from anyflash.core.dtypes import accumulate
 from anyflash.core.view import View
 from anyflash.dispatch import plan
@@ -67,6 +70,10 @@ class Frontend(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, View]:
         """A new row-major array on the device of `like`, and its view."""
+        ...
+
+    def integers(self, values: NDArray[np.int32], like: Any) -> Any:
+        """A new array of these values on the device of `like`, which the host does not wait for."""
         ...
 
     def attend(self, request: Request) -> tuple[Any, Any]:

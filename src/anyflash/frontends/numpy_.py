@@ -79,6 +79,9 @@ class Numpy:
         array = np.empty(shape, _dtypes.get(dtype) or _dtype(dtype))
         return array, View(_address(array) or 0, shape, array.strides, dtype, CPU, True, array)
 
+    def integers(self, values: NDArray[np.int32], like: Any) -> NDArray[np.int32]:
+        return values.copy()
+
     def attend(self, request: base.Request) -> tuple[NDArray[Any], NDArray[Any]]:
         if request.seed is None and request.dropout:
             request.seed = int.from_bytes(os.urandom(8), "little") >> (64 - SEED_BITS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anyflash.core import threads
@@ -39,6 +41,9 @@ class Torch:
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Tensor) -> tuple[Tensor, View]:
         return torch_arrays.empty(shape, dtype, like)
+
+    def integers(self, values: NDArray[np.int32], like: Tensor) -> Tensor:
+        return torch_arrays.integers(values, like)
 
     def attend(self, request: Request) -> tuple[Tensor, Tensor]:
         q, k, v = request.q, request.k, request.v

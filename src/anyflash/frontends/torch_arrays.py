@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from anyflash.core.device import CPU, Device
@@ -70,6 +72,15 @@ def empty(shape: tuple[int, ...], dtype: str, like: Tensor) -> tuple[Tensor, Vie
     """A new row-major tensor on the device of `like`, and its view."""
     array = like.new_empty(shape, dtype=DTYPES[dtype])
     return array, view(array)
+
+
+def integers(values: NDArray[np.int32], like: Tensor) -> Tensor:
+    """A new tensor of these values on the device of `like`, which the host does not wait for."""
+    made = torch.from_numpy(values.copy())
+    if like.device.type != "cuda":
+        return made.to(like.device)
+    # From pinned memory the copy is queued; torch keeps that memory until it is done.
+    return made.pin_memory().to(like.device, non_blocking=True)
 
 
 def statistic(tensor: Tensor) -> torch.dtype:

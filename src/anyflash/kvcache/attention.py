@@ -20,6 +20,11 @@ from anyflash.semantics.describe import describe_program
 class KVCache:
     """Arrays that hold the keys and values of B sequences, and where.
 
+    All arrays lie where q does. Values of integers are checked where they lie in host memory. On a device
+    only shapes are, and nothing waits for it: a call can be captured in a CUDA graph and run again with other
+    lengths and pages. Wrong ones give a wrong result there; no access leads outside the arrays, and what has
+    no slot or no page is not written.
+
     Dense, with room for S keys a sequence, or in pages of P slots. A slot is a place for one key; the slots
     of a sequence are numbered from 0, and those from `leftpad` to `seqlens` - 1 hold its keys. Pages that
     hold no key of the call's sequences are not read, and may hold anything.
@@ -108,9 +113,9 @@ def attention_kvcache(
         out (B, Tq, Hq, Dv) or (total_q, Hq, Dv), or (out, lse) with lse (B, Hq, Tq) or (Hq, total_q).
 
     Raises:
-        InvalidCall: besides what `attention` refuses, an entry of the page table that is no page, a length
-            beyond the capacity, no room for the new keys, or a slot to be written that another sequence
-            uses. Nothing was computed or written.
+        InvalidCall: besides what `attention` refuses, in host memory, an entry of the page table that is no
+            page, a length beyond the capacity, no room for the new keys, or a slot to be written that another
+            sequence uses. Nothing was computed or written.
         Unsupported, BackendBroken: as `attention`; Unsupported comes before anything is written.
 
     Example:

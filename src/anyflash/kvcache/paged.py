@@ -15,7 +15,6 @@ from anyflash.core.dtypes import FLOATS, ITEMSIZE
 from anyflash.core.errors import InvalidCall
 from anyflash.frontends import registry
 from anyflash.kvcache.attention import KVCache
-from anyflash.semantics.arrays import as_numpy
 
 _FORGOTTEN = -1
 
@@ -370,6 +369,4 @@ class PagedCache:
         )
 
     def _array(self, values: NDArray[np.int32]) -> Any:
-        array, view = self._frontend.empty(values.shape, "int32", self._like)
-        as_numpy(view)[...] = values
-        return array
+        return self._frontend.integers(values, self._like)

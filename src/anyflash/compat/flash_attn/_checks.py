@@ -53,6 +53,12 @@ def lengths(**arrays: Tensor | None) -> None:
             expect(array.is_contiguous(), f"{name} must be contiguous", f"strides {array.stride()}")
 
 
+def readable(array: Tensor) -> bool:
+    """May values be looked at? Those on a device would make the host wait for it; attention holds them inside
+    the arrays there."""
+    return array.device.type == "cpu"
+
+
 def table(block_table: Tensor) -> None:
     expect(
         block_table.dtype is torch.int32,
