@@ -57,6 +57,7 @@ _COMPILED = (
 _INTERPRETED = (
     "tests/gpu/test_interpreted.py",
     "tests/gpu/test_interpreted_append.py",
+    "tests/gpu/test_interpreted_decode.py",
     "tests/gpu/test_interpreted_device.py",
     "tests/gpu/test_precision.py",
 )

@@ -45,8 +45,8 @@ class Triton:
         for dtype in dict.fromkeys((problem.dtype, problem.dtype_kv)):
             if dtype not in _DTYPES:
                 reasons.append(f"computes in float32, the arrays are {dtype}")
-        if problem.addressing == "paged":
-            reasons.append("has no kernel for pages yet")
+        if problem.addressing == "paged" and (problem.program.factor or problem.dtype_kv != problem.dtype):
+            reasons.append("has no kernel for a cache of 8-bit floats yet")
         if max(problem.head_dim, problem.head_dim_v) > _GREATEST_DIM:
             reasons.append(f"head dims end at {_GREATEST_DIM}")
         return reasons
@@ -55,9 +55,9 @@ class Triton:
         return "tiles by device"
 
     def forward(self, problem: Problem, config: str, operands: Operands, results: Results) -> None:
-        from anyflash.kernels.triton import launch
+        from anyflash.kernels.triton import launch, launch_decode
 
-        launch.forward(problem, operands, results)
+        (launch_decode if launch_decode.serves(problem) else launch).forward(problem, operands, results)
 
     def backward(
         self, problem: Problem, config: str, operands: Operands, saved: Saved, grads: Gradients

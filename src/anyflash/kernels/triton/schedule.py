@@ -63,6 +63,59 @@ _TABLES: dict[Part, tuple[tuple[int, tuple[Tiles, ...]], ...]] = {
     ),
 }
 
+Rows = Literal["few", "some", "many"]
+# Rows (query tokens times heads of a group) of a sequence over a cache: more than the first, at most the
+# second. Which tiles a sequence has follows from its own rows alone, so that its result does. The keys of few
+# and some rows are cut into segments; many rows fill a device by themselves.
+ROWS: dict[Rows, tuple[int, int]] = {"few": (0, 16), "some": (16, 128), "many": (128, 2**31 - 1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How keys are shared out: at most `segments` (a power of two), of at least `keys` keys each."""
+
+    segments: int
+    keys: int
+
+
+_CUTS: dict[Rows, Cut] = {"few": Cut(32, 256), "some": Cut(16, 512), "many": Cut(1, 1)}
+_INTERPRETED_CUTS: dict[Rows, Cut] = {"few": Cut(8, 64), "some": Cut(4, 64), "many": Cut(1, 1)}
+# A dense call of few or some rows is one over a cache from so many keys on.
+DECODE_KEYS = 1024
+_INTERPRETED_DECODE: dict[Rows, Tiles] = {
+    "few": Tiles(16, 32, 4, 1),
+    "some": Tiles(32, 32, 4, 1),
+    "many": Tiles(32, 32, 4, 1),
+}
+_DECODE_TABLES: dict[Rows, tuple[tuple[int, tuple[Tiles, ...]], ...]] = {
+    "few": (
+        (128, (Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 1), Tiles(16, 32, 4, 1))),
+        (256, (Tiles(16, 64, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1))),
+        (1024, (Tiles(16, 32, 4, 2), Tiles(16, 16, 4, 2), Tiles(16, 16, 4, 1))),
+    ),
+    "some": (
+        (128, (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 1))),
+        (256, (Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1))),
+        (1024, (Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))),
+    ),
+    "many": (
+        (128, (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1))),
+        (256, (Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1))),
+        (1024, (Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))),
+    ),
+}
+
+
+def cut(rows: Rows, arch: str) -> Cut:
+    return (_INTERPRETED_CUTS if arch == "interpreter" else _CUTS)[rows]
+
+
+def decode_tiles(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int) -> Tiles:
+    """The configuration of the kernel of sequences over a cache, by how many rows they have."""
+    if arch == "interpreter":
+        return _INTERPRETED_DECODE[rows]
+    return _fitting(_DECODE_TABLES[rows], "forward", arch, dim, dim_v, itemsize)
+
 
 def split(dim: int) -> tuple[int, int]:
     """The two pieces of a row of `dim` elements: a power of two, and the smallest that covers the rest."""
@@ -79,9 +132,21 @@ def tiles(part: Part, arch: str, dim: int, dim_v: int, itemsize: int) -> Tiles:
     """The configuration of a kernel on a device of architecture `arch` ("sm_90", "gfx942", "interpreter")."""
     if arch == "interpreter":
         return INTERPRETED
+    return _fitting(_TABLES[part], part, arch, dim, dim_v, itemsize)
+
+
+def _fitting(
+    table: tuple[tuple[int, tuple[Tiles, ...]], ...],
+    part: Part,
+    arch: str,
+    dim: int,
+    dim_v: int,
+    itemsize: int,
+) -> Tiles:
+    """The first candidate that has room in the device's shared memory."""
     limit = SHARED_BYTES.get(arch, _SMALLEST)
     width, width_v = padded(dim), padded(dim_v)
-    candidates = next(found for most, found in _TABLES[part] if max(width, width_v) <= most)
+    candidates = next(found for most, found in table if max(width, width_v) <= most)
     for candidate in candidates:
         if shared_bytes(part, candidate, width, width_v, itemsize) <= limit:
             return candidate

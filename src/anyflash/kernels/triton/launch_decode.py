@@ -1,0 +1,164 @@
+"""From views to launches of `decode`: calls over a cache, and dense ones of few rows over many keys.
+
+Nothing here reads what a sequence holds, and no memory taken depends on it: a call may be recorded in a
+graph and run again with other lengths, other page tables and other tokens. There is one launch for dense
+queries. Packed ones may have few, some and many rows (`schedule.ROWS`): one launch for each that the shapes
+allow, in which the sequences of the others have nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from anyflash.kernels.triton import decode as kernels
+from anyflash.kernels.triton import schedule
+from anyflash.kernels.triton.device import architecture, current, empty, pointer, steps
+from anyflash.kernels.triton.launch import (
+    _blocks,
+    _Call,
+    _fill_rows_of_no_sequence,
+    _lse_steps,
+    _rows,
+    _stats_steps,
+)
+from anyflash.kernels.triton.vectors import neighbours
+from anyflash.kernels.triton.workspace import counters
+from anyflash.semantics.expr import Expr
+from anyflash.semantics.operands import Operands, Results
+from anyflash.semantics.problem import Problem
+from anyflash.semantics.text import parse
+
+# Words of acc of other segments that a thread may hold while it adds them up.
+_HELD = 96
+_THREADS_A_WARP = 32
+
+
+def serves(problem: Problem) -> bool:
+    """Is this a call for the kernel of this file?"""
+    if problem.addressing == "paged":
+        return True
+    most = schedule.ROWS["some"][1]
+    return (
+        problem.addressing == "dense"
+        and 0 < problem.seqlen_q * problem.group <= most
+        and problem.seqlen_k >= schedule.DECODE_KEYS
+        and not problem.program.dropout_p
+        and problem.program.factor is None
+        and problem.dtype_kv == problem.dtype
+    )
+
+
+def forward(problem: Problem, operands: Operands, results: Results) -> None:
+    call = _Call(problem, operands)
+    with current(call.device):
+        if problem.packed_q:
+            _fill_rows_of_no_sequence(call, results)
+        if problem.batch and problem.seqlen_q:
+            for rows in _kinds(problem):
+                _launch(call, rows, results)
+
+
+def _kinds(problem: Problem) -> Iterator[schedule.Rows]:
+    """What numbers of rows a sequence can have here; one without rows needs no launch."""
+    greatest = problem.seqlen_q * problem.group
+    least = problem.group if problem.packed_q else greatest
+    for rows, (below, most) in schedule.ROWS.items():
+        if greatest > below and least <= most:
+            yield rows
+
+
+def _launch(call: _Call, rows: schedule.Rows, results: Results) -> None:
+    problem, operands = call.problem, call.operands
+    arch = architecture(call.device)
+    tiles = schedule.decode_tiles(rows, arch, problem.head_dim, problem.head_dim_v, operands.q.itemsize)
+    cut, (below, most) = schedule.cut(rows, arch), schedule.ROWS[rows]
+    split = cut.segments > 1
+    blocks, entries = _blocks(min(problem.seqlen_q * problem.group, most), tiles.block_m), problem.batch
+    # Blocks of all sequences together: each has at most one more than its rows fill.
+    together = problem.total_q * problem.group // tiles.block_m + problem.batch
+    search = problem.packed_q and together < blocks * entries
+    if search:
+        blocks, entries = together, 1
+    least = max(cut.keys // tiles.block_n, 1)
+    parts = min(cut.segments, max(_blocks(_blocks(problem.seqlen_k, tiles.block_n), least), 1))
+    constants = call.constants(tiles)
+    programs = blocks * problem.heads_kv * entries
+    size = tiles.block_m * (2 + constants["WIDE_V"] + constants["REST_V"])
+    acc = size // (_THREADS_A_WARP * tiles.warps)
+    # A block that must be mended goes through the workspace, too.
+    kept = programs if split and (parts > 1 or call.hides) else 0
+    table = operands.block_table
+    page = 0 if table is None else problem.page_size
+    gather = page > 0 and (page % tiles.block_n != 0 or operands.leftpad_k is not None)
+    capacity = problem.page_size if table is None else table.shape[1] * problem.page_size
+    sinks, cu_seqlens_q, _, seqused_k, tables = call.shared_arrays()
+    leftpad = None if operands.leftpad_k is None else neighbours(operands.leftpad_k)
+    mask = parse(problem.program.mask or "true")
+    headed = problem.group > 1 and _reads(mask, "head")
+    kernels.decode[(programs * parts,)](
+        *[pointer(view) for view in (operands.q, operands.k, operands.v)],
+        *[pointer(view) for view in (results.out, results.lse, results.stats)],
+        empty((kept * parts * size,), call.device),
+        counters(kept, call.device) if split else None,
+        sinks,
+        cu_seqlens_q,
+        seqused_k,
+        None if table is None else pointer(table),
+        None if leftpad is None else pointer(leftpad),
+        tables,
+        *[_rows(view) for view in (operands.q, operands.k, operands.v, results.out)],
+        _lse_steps(problem, steps(results.lse)),
+        _stats_steps(problem, steps(results.stats)),
+        (0, 0) if table is None else steps(table),
+        blocks,
+        parts,
+        problem.batch,
+        problem.heads_q,
+        problem.group,
+        problem.seqlen_q,
+        problem.seqlen_k,
+        problem.total_q,
+        capacity if problem.num_pages else 0,
+        problem.num_pages if problem.addressing == "paged" else problem.batch,
+        below + 1,
+        most,
+        float(problem.scale),
+        call.unit,
+        SCORE=call.functions.final_score,
+        ALLOWED=constants["ALLOWED"],
+        TILE_CLASS=constants["TILE_CLASS"],
+        IDENTITY=constants["IDENTITY"],
+        MASK=constants["MASK"],
+        HEADED=headed,
+        TRIM=constants["MASK"] and not headed and not _loads_along_keys(mask),
+        HIDES=call.hides,
+        SINKS=problem.program.sinks,
+        PACKED=problem.packed_q,
+        SEARCH=search,
+        USED=operands.seqused_k is not None,
+        PADDED=operands.leftpad_k is not None,
+        PAGE=page,
+        GATHER=gather,
+        SPLIT=split,
+        PRECISION=constants["PRECISION"],
+        **{name: constants[name] for name in ("DIM", "WIDE", "REST", "DIM_V", "WIDE_V", "REST_V")},
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        STAGES=tiles.stages,
+        SEGMENTS=cut.segments,
+        LEAST=least,
+        CHUNK=max(1, min(8, _HELD // acc)),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def _reads(expr: Expr, name: str) -> bool:
+    return (expr.op == "var" and expr.value == name) or any(_reads(a, name) for a in expr.args)
+
+
+def _loads_along_keys(expr: Expr) -> bool:
+    """Does it look up a table by key? Then tiles are classed one at a time."""
+    if expr.op == "load" and any(_reads(index, "k") for index in expr.args):
+        return True
+    return any(_loads_along_keys(a) for a in expr.args)
