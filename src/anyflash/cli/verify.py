@@ -100,13 +100,17 @@ def attempt(case: Case, backend: str) -> Report:
 
 
 def _show(names: Sequence[str], reports: Sequence[Report], console: Console) -> None:
-    summary = Table("backend", "passed", "failed", "greatest error over its bound", box=box.SIMPLE_HEAD)
+    summary = Table(
+        "backend", "passed", "failed", "declined", "greatest error over its bound", box=box.SIMPLE_HEAD
+    )
     for name in names:
         own = [report for report in reports if report.backend == name]
         failed = sum(bool(report.failures) for report in own)
+        declined = sum(bool(report.declined) for report in own)
         closest = max(own, key=lambda report: report.ratio, default=None)
         ratio = "" if closest is None else f"{closest.ratio:.2f}  {closest.case.id}"
-        summary.add_row(name, str(len(own) - failed), f"[red]{failed}[/]" if failed else "0", ratio)
+        passed = len(own) - failed - declined
+        summary.add_row(name, str(passed), f"[red]{failed}[/]" if failed else "0", str(declined), ratio)
     console.print(summary)
     wrong = [report for report in reports if report.failures]
     for report in wrong[:SHOWN]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from anyflash.backends.registry import entries
+from anyflash.core.device import CPU, Device
+from anyflash.semantics.problem import Problem
 
 WITHIN_BOUNDS = frozenset({"reference"})
 """Backends that need not give the same bits in any layout: numpy's matrix product depends on strides."""
@@ -14,9 +16,32 @@ WEIGHTS = {"triton": "float8_e4m3fn"}
 """In what a backend may take the probabilities of 8-bit floats, where not in the type of the results."""
 
 
+ON_GPUS = frozenset({"triton", "hopper"})
+"""Backends that work in a GPU's memory, unless Triton interprets, and that may decline a problem."""
+
+
 def present() -> list[str]:
     """Names of the backends that work on this machine, the preferred first."""
     return [name for name, entry in entries().items() if entry.reason is None]
+
+
+def where(backend: str) -> Device:
+    """The device whose memory the backend works in; the host's for all but those of GPUs."""
+    if backend not in ON_GPUS:
+        return CPU
+    from anyflash.kernels.triton.device import interpreted
+
+    if interpreted():
+        return CPU
+    import torch
+
+    return Device("hip" if torch.version.hip else "cuda", torch.cuda.current_device())
+
+
+def declined(backend: str, problem: Problem) -> list[str]:
+    """Why a backend of GPUs does not take a problem: those need not take all. Others have no such leave."""
+    made = entries()[backend].backend
+    return [] if made is None or backend not in ON_GPUS else made.decline(problem, where(backend))
 
 
 def multiplies_tf32(backend: str, dtype: str) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from anyflash.contract.backends import where
+from anyflash.contract.device import Elsewhere, spans
 from anyflash.contract.poison import numpy_dtype
 from anyflash.core.dtypes import accumulate, kind
 from anyflash.core.view import View
@@ -108,7 +111,8 @@ def execute(
     out, lse = np.empty(problem.out_shape, own), np.empty(problem.lse_shape, statistic)
     stats = np.empty((2, *problem.lse_shape), statistic)
     results = Results(view_of(out, True), view_of(lse, True), view_of(stats, True))
-    run_forward(problem, operands, results, backend)
+    with _at(backend, operands, results) as send:
+        run_forward(problem, send(operands), send(results), backend)
     if dout is None:
         return Outcome(problem, out, lse)
     dq, dk, dv = (np.empty(s, own) for s in (problem.q_shape, problem.k_shape, problem.v_shape))
@@ -122,5 +126,18 @@ def execute(
         None if dsinks is None else view_of(dsinks, True),
     )
     saved = Saved(view_of(out), view_of(stats), view_of(dout), None if dlse is None else view_of(dlse))
-    run_backward(problem, operands, saved, grads, backend)
+    with _at(backend, operands, saved, grads) as send:
+        run_backward(problem, send(operands), send(saved), send(grads), backend)
     return Outcome(problem, out, lse, dq, dk, dv, tables, dsinks)
+
+
+@contextmanager
+def _at(backend: str, *bundles: Any) -> Iterator[Callable[[Any], Any]]:
+    """Where the backend works: a function that moves views there, and the memory as it is afterwards."""
+    device = where(backend)
+    if device.kind == "cpu":
+        yield lambda bundle: bundle
+        return
+    copies = Elsewhere(device, spans(*bundles))
+    yield copies.send
+    copies.take_back()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from anyflash.contract.cases import Case
-from anyflash.contract.poison import CONTIGUOUS, Poisoned
+from anyflash.contract.poison import CONTIGUOUS, Layout, Poisoned, numpy_dtype
 from anyflash.contract.truth import Truth, seed
 from anyflash.contract.values import Values, cumulative
 from anyflash.core.dtypes import accumulate, kind
@@ -28,13 +28,19 @@ class Memory:
     look."""
 
     def __init__(
-        self, case: Case, values: Values, truth: Truth | None = None, alter: Alter | None = None
+        self,
+        case: Case,
+        values: Values,
+        truth: Truth | None = None,
+        alter: Alter | None = None,
+        whole: bool = False,
     ) -> None:
         """With `truth`, rows that must not matter hold NaN and the layouts are those of the case.
 
-        `alter` replaces the described call: it is how the suite is tested itself.
+        `alter` replaces the described call: it is how the suite is tested itself. `whole`: arrays are shifted
+        by whole elements alone, as in the memory of a GPU, where others do not occur.
         """
-        self.case = case
+        self.case, self.whole = case, whole
         self.laid_out = truth is not None
         self.statistic = accumulate(case.dtype)
         dead = (truth.dead_q, truth.dead_k, truth.dead_v) if truth is not None else (None,) * 3
@@ -45,7 +51,7 @@ class Memory:
         self.dout = self._input(values.dout, 3, dead[0])
         self.dlse = Poisoned.of(values.dlse, self.statistic)
         self.tables = {
-            name: Poisoned.of(t, t.dtype.name, case.table_layout if self.laid_out else CONTIGUOUS)
+            name: Poisoned.of(t, t.dtype.name, self._laid(case.table_layout, t.dtype.itemsize))
             for name, t in values.tables.items()
         }
         self.factors: dict[str, Any] = {}
@@ -120,8 +126,13 @@ class Memory:
         factors = tuple(self.factors.get(name) for name in FACTORS)
         return Descale(*factors, k.shape[-2], self.case.dtype, self.case.dtype) if self.factors else None
 
+    def _laid(self, layout: Layout, itemsize: int) -> Layout:
+        if not self.laid_out:
+            return CONTIGUOUS
+        return replace(layout, shift=layout.shift // itemsize * itemsize) if self.whole else layout
+
     def _input(self, values: np.ndarray, i: int, dead: np.ndarray | None) -> Poisoned:
-        layout = self.case.layout(i) if self.laid_out else CONTIGUOUS
+        layout = self._laid(self.case.layout(i), numpy_dtype(self.case.dtype).itemsize)
         if i == 3:
             layout = replace(layout, expand=())
         if dead is not None and not layout.expand:
@@ -130,7 +141,7 @@ class Memory:
         return Poisoned.of(values, self.case.dtype, layout)
 
     def _output(self, shape: tuple[int, ...], dtype: str, i: int) -> Poisoned:
-        layout = self.case.layout(i) if self.laid_out else CONTIGUOUS
+        layout = self._laid(self.case.layout(i), numpy_dtype(self.case.dtype).itemsize)
         layout = replace(layout, expand=())
         return Poisoned(shape, dtype, layout, output=True)
 
@@ -179,8 +190,14 @@ class Memory:
 
     def damage(self) -> list[str]:
         """What was written where it should not be, or not written where it should."""
-        everything = {"dout": self.dout, "dlse": self.dlse, **self.inputs, **self.results, **self.grads}
-        return [f"{name}: {said}" for name, made in everything.items() if (said := made.damage())]
+        return [f"{name}: {said}" for name, made in self._everything().items() if (said := made.damage())]
+
+    def buffers(self) -> list[np.ndarray]:
+        """All memory as it is now, margins included, as bytes."""
+        return [made.raw for made in self._everything().values()]
+
+    def _everything(self) -> dict[str, Poisoned]:
+        return {"dout": self.dout, "dlse": self.dlse, **self.inputs, **self.results, **self.grads}
 
 
 def _both_masks(first: object, second: object) -> object:

@@ -109,6 +109,11 @@ class Poisoned:
         made.seal()
         return made
 
+    @property
+    def raw(self) -> np.ndarray:
+        """The whole buffer, margins included, as bytes."""
+        return self._bytes
+
     def seal(self) -> None:
         """Take what the buffer holds now as what it must still hold later."""
         self._before = self._bytes.copy()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from anyflash.contract import truth as truths
-from anyflash.contract.backends import WEIGHTS, WITHIN_BOUNDS, multiplies_tf32, poisoned_scratch
+from anyflash.contract.backends import (
+    WEIGHTS,
+    WITHIN_BOUNDS,
+    declined,
+    multiplies_tf32,
+    poisoned_scratch,
+    where,
+)
 from anyflash.contract.cases import Case
 from anyflash.contract.criteria import (
     FORWARD_FACTOR,
@@ -19,6 +28,7 @@ from anyflash.contract.criteria import (
     Verdict,
     judge,
 )
+from anyflash.contract.device import Elsewhere
 from anyflash.contract.memory import Alter, Memory
 from anyflash.contract.values import Values, draw
 from anyflash.dispatch.plan import run_backward, run_forward
@@ -28,12 +38,13 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(slots=True)
 class Report:
-    """What came of a case; it passed if `failures` is empty."""
+    """What came of a case; it passed if `failures` is empty. `declined`: why a backend did not run it."""
 
     case: Case
     backend: str
     failures: list[str] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    declined: list[str] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -53,13 +64,16 @@ def run(
     backward = "backward" in directions and case.differentiable
     values, truth = known(case, multiplies_tf32(backend, case.dtype), WEIGHTS.get(backend))
     clean = Memory(case, values, None, alter)
+    report.declined = declined(backend, clean.problem)
+    if report.declined:
+        return report
     first = execute(clean, backend, backward)
     report.failures += [f"clean run: {said}" for said in clean.damage()]
     report.verdicts = assess(case, first, truth, directions)
     report.failures += [v.complaint for v in report.verdicts if v.complaint]
     if report.failures:
         return report
-    poisoned = Memory(case, values, truth, alter)
+    poisoned = Memory(case, values, truth, alter, where(backend).kind != "cpu")
     for what in ("poisoned memory", "a second run"):
         with poisoned_scratch(backend):
             again = execute(poisoned, backend, backward)
@@ -81,16 +95,31 @@ def known(case: Case, tf32: bool = False, weights: str | None = None) -> tuple[V
 
 def execute(memory: Memory, backend: str, backward: bool = True) -> dict[str, np.ndarray]:
     """Run forward, and backward if wanted, into fresh outputs; copies of all results by name."""
-    run_forward(memory.problem, memory.operands, memory.new_results(), backend)
+    results = memory.new_results()
+    with _at(backend, memory) as send:
+        run_forward(memory.problem, send(memory.operands), send(results), backend)
     got = {"out": memory.results["out"].array.copy(), "lse": memory.results["lse"].array.copy()}
     got["stats"] = memory.results["stats"].array.copy()
     if backward:
         damage = memory.damage()
         if not damage:
             saved, grads = memory.new_gradients()
-            run_backward(memory.problem, memory.operands, saved, grads, backend)
+            with _at(backend, memory) as send:
+                run_backward(memory.problem, send(memory.operands), send(saved), send(grads), backend)
             got |= {name: made.array.copy() for name, made in memory.grads.items()}
     return got
+
+
+@contextmanager
+def _at(backend: str, memory: Memory) -> Iterator[Callable[[Any], Any]]:
+    """Where the backend works: a function that moves views there, and the memory as it is afterwards."""
+    device = where(backend)
+    if device.kind == "cpu":
+        yield lambda bundle: bundle
+        return
+    copies = Elsewhere(device, memory.buffers())
+    yield copies.send
+    copies.take_back()
 
 
 def assess(
