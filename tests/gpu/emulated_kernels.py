@@ -158,3 +158,27 @@ def row_sums(source, target, lengths, ROWS: gl.constexpr, COLUMNS: gl.constexpr)
     at = gl.expand_dims(start + rows, 1) * COLUMNS + columns[None, :]
     x = gl.load(source + at, mask=inside, other=0.0)
     gl.store(target + start + rows, gl.sum(x, 1), mask=rows < length)
+
+
+@gluon.jit
+def handed_on(source, middle, flag, target, READ_ONLY: gl.constexpr):
+    """Program 0 stores a tile by TMA and raises a flag; program 1 waits for the flag and copies the tile."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    ROWS: gl.constexpr = source.block_type.shape[0]
+    COLUMNS: gl.constexpr = source.block_type.shape[1]
+    tile, full = gl.allocate_shared_memory(source.dtype, [ROWS, COLUMNS], source.layout), barriers(1)
+    if gl.program_id(0) == 0:
+        barrier_init(full.index(0), count=1)
+        barrier_expect(full.index(0), source.block_type.nbytes)
+        tma_load(source, [0, 0], full.index(0), tile)
+        barrier_wait(full.index(0), 0)
+        tma_store(source, [ROWS, 0], tile)
+        tma_store_wait(0, READ_ONLY)
+        gl.atomic_add(flag, 1)
+    else:
+        while gl.atomic_add(flag, 0) == 0:
+            pass
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+        at = gl.expand_dims(rows, 1) * COLUMNS + gl.expand_dims(columns, 0)
+        gl.store(target + at, gl.load(middle + at))

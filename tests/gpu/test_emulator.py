@@ -13,9 +13,11 @@ pytest.importorskip("torch")
 
 import numpy as np
 import torch
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from anyflash.kernels.gluon.hopper import barrier_arrive, barrier_init, barriers
 from gpu import emulated_faults as faults
 from gpu import emulated_kernels as kernels
 from gpu.emulator import emulate
@@ -196,6 +198,32 @@ def test_waiting_for_a_program_that_is_not_there() -> None:
     counter = torch.ones(1, dtype=torch.int32)
     with pytest.raises(Deadlock, match="another value of an atomic"):
         emulate(kernels.in_turn, (1,), torch.zeros(1, dtype=torch.int32), counter, True)
+
+
+def handed_on(seed: int, read_only: bool) -> bool:
+    x = torch.cat([torch.ones(64, 32), torch.zeros(64, 32)])
+    y, flag = torch.zeros(64, 32), torch.zeros(1, dtype=torch.int32)
+    emulate(kernels.handed_on, (2,), boxes(x, [64, 32]), x[64:], flag, y, read_only, seed=seed, resident=2)
+    assert bool((x == 1).all())
+    return bool((y == 1).all())
+
+
+def test_a_store_that_has_been_read_is_not_yet_written() -> None:
+    """Another program may see what TMA stores only after a wait for more than its reads."""
+    assert not all(handed_on(seed, True) for seed in POLICIES)
+    assert all(handed_on(seed, False) for seed in POLICIES)
+
+
+def test_names_in_messages() -> None:
+    with pytest.raises(BarrierMisuse, match=r"^full\[0\] is used at .*test_emulator.py:\d+"):
+        emulate(named, (1,))
+
+
+@gluon.jit
+def named():
+    empty, full = barriers(1), barriers(1)
+    barrier_init(empty.index(0), count=1)
+    barrier_arrive(full.index(0), count=1)
 
 
 def test_pointers() -> None:

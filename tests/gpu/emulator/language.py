@@ -283,8 +283,10 @@ def num_warps() -> int:
 def allocate_shared_memory(element_ty: Any, shape: Any, layout: Any, value: Any = None) -> Any:
     extents = [int(extent) for extent in shape]
     if element_ty.name == "int64" and type(layout).__name__ == "MBarrierLayout":
-        machine.task().program.shared_bytes += 16 * torch.Size(extents).numel()
-        name = assigned_name("barrier")
+        program = machine.task().program
+        program.shared_bytes += 16 * torch.Size(extents).numel()
+        program.buffers += 1
+        name = assigned_name(f"barrier {program.buffers}")
         return Barriers(name, extents) if len(extents) > 1 else Barrier(name)
     memory = SharedMemory.allocated(element_ty, extents, layout)
     if value is not None:

@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[str, int, Change] | None] = {
 
 @dataclass(frozen=True)
 class Mutation:
-    """`name` says what was done to which call: "consumer: barrier_wait 2 dropped"."""
+    """`name` says what was done to which call: "forward.consumer: barrier_wait 2 dropped"."""
 
     name: str
     line: str
@@ -161,7 +161,8 @@ def mutations(
             called = _called(call)
             counts[called] = counts.get(called, 0) + 1
             line = ast.unparse(call)
-            here = f"{original.fn.__name__}: {called} {counts[called]}"
+            module = original.fn.__module__.rsplit(".", 1)[-1]
+            here = f"{module}.{original.fn.__name__}: {called} {counts[called]}"
             dropped = _Drop(target).of(copy.deepcopy(tree), names)
             yield Mutation(f"{here} dropped", line, original, _compiled(original, dropped, first_line))
             if (change := calls[called]) is not None and len(call.args) > change[1]:

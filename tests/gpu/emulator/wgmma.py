@@ -43,7 +43,9 @@ class Accumulator:
         raise InFlight(f"the result of {self.operation} is used before it is waited for, at {where()}")
 
     to = __getitem__ = __neg__ = __bool__ = refuse
-    data = property(refuse)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self.refuse()
 
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "lt", "le", "gt", "ge"):
