@@ -299,7 +299,13 @@ def finish(
     tma_store(out, box(batch, head, q_start, q_len, first_row, C.packed), buffer)
 
 
-@gluon.jit
+_NUMBERS = [
+    "plane_rows", "odd_blocks", "blocks", "heads", "planes", "section", "entries", "group",
+    "seqlen_q", "seqlen_k",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_NUMBERS)
 def forward(
     q, k, v, out, lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     plane_rows, odd_blocks, blocks, heads, planes, section, entries, group,

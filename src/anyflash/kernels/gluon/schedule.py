@@ -66,8 +66,9 @@ class Form:
     producer_registers: int
 
 
+# By (DIM, DIM_V). Two consumers with what the third would have of registers suit a mask or a score program.
 _FORWARD = {
-    (64, 64): Tiles(128, 2, 3, 160, 24, 1, True),
+    (64, 64): Tiles(128, 3, 2, 232, 40, 1, True),
     (64, 128): Tiles(128, 2, 2, 232, 40, 1, True),
     (64, 256): Tiles(64, 2, 2, 232, 40, 0, True),
     (128, 64): Tiles(128, 2, 2, 232, 40, 1, True),
@@ -77,6 +78,7 @@ _FORWARD = {
     (256, 128): Tiles(64, 2, 2, 232, 40, 1, True),
     (256, 256): Tiles(64, 2, 2, 232, 40, 0, False),
 }
+_THREE_CONSUMERS = Tiles(128, 2, 3, 160, 24, 1, True)
 
 
 def padded(dim: int) -> int:
@@ -84,9 +86,10 @@ def padded(dim: int) -> int:
     return next(width for width in (64, 128, GREATEST_DIM) if dim <= width)
 
 
-def forward_tiles(dim: int, dim_v: int) -> Tiles:
-    """The configuration for these head dims, at most GREATEST_DIM."""
-    return _FORWARD[padded(dim), padded(dim_v)]
+def forward_tiles(dim: int, dim_v: int, plain: bool) -> Tiles:
+    """The configuration for head dims of at most GREATEST_DIM. `plain`: no mask, no score program."""
+    width = padded(dim), padded(dim_v)
+    return _THREE_CONSUMERS if plain and width == (64, 64) else _FORWARD[width]
 
 
 def shared_bytes(tiles: Tiles, dim: int, dim_v: int) -> int:

@@ -21,21 +21,29 @@ _FAR = gl.constexpr(FAR)
 
 
 @gluon.jit
+def held(lengths, at, greatest):
+    """Entry `at` of an array of lengths, (n,) int32 or int64, from 0 to `greatest`: nobody has read them
+    before, and a wrong one must not lead outside."""
+    return gl.minimum(gl.maximum(gl.load(lengths + at).to(gl.int64), 0), greatest).to(gl.int32)
+
+
+@gluon.jit
 def sequence(batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k,
              PACKED: gl.constexpr, USED: gl.constexpr):  # fmt: skip
-    """First row and number of rows, first key and number of keys, in 32 bits."""
+    """First row and number of rows, first key and number of keys, in 32 bits. Packed, `seqlen_*` are the
+    totals."""
     if PACKED:
-        q_start = gl.load(cu_seqlens_q + batch).to(gl.int32)
-        q_len = gl.load(cu_seqlens_q + batch + 1).to(gl.int32) - q_start
-        k_start = gl.load(cu_seqlens_k + batch).to(gl.int32)
-        k_len = gl.load(cu_seqlens_k + batch + 1).to(gl.int32) - k_start
+        q_start = held(cu_seqlens_q, batch, seqlen_q)
+        q_len = gl.maximum(held(cu_seqlens_q, batch + 1, seqlen_q) - q_start, 0)
+        k_start = held(cu_seqlens_k, batch, seqlen_k)
+        k_len = gl.maximum(held(cu_seqlens_k, batch + 1, seqlen_k) - k_start, 0)
     else:
         q_start = gl.full([], 0, gl.int32)
         k_start = gl.full([], 0, gl.int32)
         q_len = gl.full([], 0, gl.int32) + seqlen_q
         k_len = gl.full([], 0, gl.int32) + seqlen_k
     if USED:
-        k_len = gl.load(seqused_k + batch).to(gl.int32)
+        k_len = held(seqused_k, batch, k_len)
     return q_start, q_len, k_start, k_len
 
 
@@ -46,7 +54,8 @@ def work(item, blocks, heads, planes, section, entries, cu_seqlens,
 
     Packed, nobody has read how long the sequences are. Sequence s is given the blocks from cu_seqlens[s] //
     BLOCK + s on, which are enough, and `blocks` counts those of all; the sequence of a block is found by
-    halving. A block past the end of its sequence has nothing to do.
+    halving. A block past the end of its sequence has nothing to do, nor has one that no sequence is found
+    for, which wrong lengths can bring about.
     """
     first = item // (section * blocks) * section
     rest = item - first * blocks
@@ -59,10 +68,11 @@ def work(item, blocks, heads, planes, section, entries, cu_seqlens,
         low, high = entry * 0, entries + entry * 0
         while high - low > 1:
             middle = (low + high) // 2
-            start = gl.load(cu_seqlens + middle).to(gl.int32) // BLOCK + middle
+            start = held(cu_seqlens, middle, blocks * BLOCK) // BLOCK + middle
             low = gl.where(start <= block, middle, low)
             high = gl.where(start <= block, high, middle)
-        block -= gl.load(cu_seqlens + low).to(gl.int32) // BLOCK + low
+        block -= held(cu_seqlens, low, blocks * BLOCK) // BLOCK + low
+        block = gl.where(block < 0, blocks, block)
         entry = low
     return block, head, entry
 

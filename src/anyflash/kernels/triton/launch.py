@@ -30,14 +30,22 @@ _LOG2_E = math.log2(math.e)
 _FARTHEST = 2**31 // 1024
 
 
-def forward(problem: Problem, operands: Operands, results: Results) -> None:
-    call = _Call(problem, operands)
+def forward(
+    problem: Problem,
+    operands: Operands,
+    results: Results,
+    tiles: schedule.Tiles | None = None,
+    odd: Any = None,
+) -> None:
+    """`odd` and `tiles`: another kernel has run; of the blocks of these tiles those are computed again,
+    carefully, whose number in `odd` says that their sums came out infinite or NaN."""
+    call = Call(problem, operands)
     with current(call.device):
-        if problem.packed_q:
-            _fill_rows_of_no_sequence(call, results)
+        if problem.packed_q and odd is None:
+            fill_rows_of_no_sequence(call, results)
         if not problem.batch or not problem.seqlen_q:
             return
-        tiles = call.tiles("forward")
+        tiles = tiles or call.tiles("forward")
         call.launch(
             forward_kernels.forward,
             call.row_blocks(tiles.block_m),
@@ -52,11 +60,12 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
                 _stats_steps(problem, steps(results.stats)),
             ],
             {"SCORE": call.functions.final_score, "SINKS": problem.program.sinks},
+            odd,
         )
 
 
 def backward(problem: Problem, operands: Operands, saved: Saved, grads: Gradients) -> None:
-    call = _Call(problem, operands)
+    call = Call(problem, operands)
     with current(call.device):
         for view in grads.tables:
             if view is not None:
@@ -103,7 +112,7 @@ def _unit(problem: Problem) -> tuple[bool, float]:
     return identity, _LOG2_E * (problem.scale if identity else 1.0)
 
 
-def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
+def _prepare(call: Call, saved: Saved, delta: Any, grads: Gradients) -> None:
     problem, block = call.problem, 32
     sinks = grads.dsinks is not None
     blocks, entries = call.row_blocks(block)
@@ -148,7 +157,7 @@ def _prepare(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
         )
 
 
-def _gradients(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
+def _gradients(call: Call, saved: Saved, delta: Any, grads: Gradients) -> None:
     problem, operands = call.problem, call.operands
     arrays = [pointer(view) for view in (operands.q, operands.k, operands.v, saved.dout, saved.stats)]
     arrays.append(delta)
@@ -184,7 +193,7 @@ def _gradients(call: _Call, saved: Saved, delta: Any, grads: Gradients) -> None:
                 table_kernels.run(call, slot, view, arrays, layout)
 
 
-class _Call:
+class Call:
     """What every kernel of one call needs."""
 
     def __init__(self, problem: Problem, operands: Operands) -> None:
@@ -206,13 +215,16 @@ class _Call:
         arrays: list[Any],
         layout: list[Any],
         formulas: dict[str, Any],
+        odd: Any = None,
     ) -> None:
-        """A plain launch, and where a mask or a score program may hide keys, a careful one behind it."""
+        """A plain launch, and where a mask or a score program may hide keys, a careful one behind it; that
+        alone where `odd` is given."""
         blocks, entries = grid
         programs = blocks * heads * entries
-        odd = empty((programs,), self.device, "int32")
+        plain = odd is None
+        odd = empty((programs,), self.device, "int32") if plain else odd
         constants = formulas | self.constants(tiles)
-        for careful in (False, True)[: 1 + self.hides]:
+        for careful in (False, True)[1 - plain : 1 + self.hides]:
             kernel[(programs,)](
                 *arrays,
                 odd,
@@ -345,7 +357,7 @@ def _stats_steps(problem: Problem, found: tuple[int, ...]) -> tuple[int, ...]:
     return (found[0], 0, *found[1:]) if problem.packed_q else found
 
 
-def _fill_rows_of_no_sequence(call: _Call, results: Results) -> None:
+def fill_rows_of_no_sequence(call: Call, results: Results) -> None:
     """Packed rows behind the last sequence have no block that would write them."""
     problem = call.problem
     prepare.fill_rest[(problem.heads_q,)](

@@ -28,7 +28,7 @@ from anyflash.kernels.triton.slopes import tile_of_slopes
 from anyflash.kernels.triton.tiles import finite
 
 if TYPE_CHECKING:
-    from anyflash.kernels.triton.launch import _Call
+    from anyflash.kernels.triton.launch import Call
     from anyflash.kernels.triton.schedule import Tiles
 
 # Powers of two that float32 holds with room on both sides.
@@ -122,7 +122,7 @@ def settle(sums, bound, grad, grad_steps, size: tl.int64, second, third, fourth,
 
 
 def run(
-    call: _Call, grad: View, arrays: list[Any], layout: list[Any], tiles: Tiles, constants: dict[str, Any]
+    call: Call, grad: View, arrays: list[Any], layout: list[Any], tiles: Tiles, constants: dict[str, Any]
 ) -> None:
     """Add the gradient by one load of a table to `grad`."""
     problem = call.problem

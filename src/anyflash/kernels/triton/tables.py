@@ -26,7 +26,7 @@ from anyflash.semantics.expr import Expr
 from anyflash.semantics.text import parse
 
 if TYPE_CHECKING:
-    from anyflash.kernels.triton.launch import _Call
+    from anyflash.kernels.triton.launch import Call
 
 SPLITS = 16
 _AXES = ("batch", "head", "row", "k")
@@ -130,7 +130,7 @@ def add_splits(
     tl.store(grad + place, total, mask=at < size)
 
 
-def run(call: _Call, slot: int, grad: View, arrays: list[Any], layout: list[Any]) -> None:
+def run(call: Call, slot: int, grad: View, arrays: list[Any], layout: list[Any]) -> None:
     """Write the gradient of table `slot`; it holds zeros."""
     problem = call.problem
     tiles = call.tiles("backward_dq")
@@ -184,7 +184,7 @@ def _add(partial: Any, grad: View, splits: int) -> None:
     )  # fmt: skip
 
 
-def _axes(call: _Call, slot: int, indices: tuple[Expr, ...]) -> dict[str, int] | None:
+def _axes(call: Call, slot: int, indices: tuple[Expr, ...]) -> dict[str, int] | None:
     """The variables that index the table, and how many elements each reaches, if every element then has one
     owner; None if not.
 

@@ -1,0 +1,121 @@
+"""The backend for Hopper GPUs (sm_90): Gluon's warp-specialised forward. Not yet run on a GPU.
+
+What it declines the portable backend serves. It also hands on, call by call and said in the log, what only
+the arrays show: TMA wants each array to start at a multiple of 16 bytes, rows a positive multiple of 16 bytes
+apart, and a head's elements side by side; slices of a packed qkv are so. Both backends write the same stats,
+so that the portable backward follows either forward.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+from anyflash.backends.triton import BACKEND as PORTABLE
+from anyflash.core.device import Device
+from anyflash.core.log import logger
+from anyflash.core.view import View
+from anyflash.semantics.limits import integers_too_wide
+from anyflash.semantics.operands import Gradients, Operands, Results, Saved
+from anyflash.semantics.problem import Problem
+
+_DTYPES = ("float16", "bfloat16")
+_CAPABILITY = (9, 0)
+_DIMS = range(33, 257)
+_MOST_TOKENS = 2**30
+
+
+class Hopper:
+    name = "hopper"
+    rank: int | None = 15
+    accepts = "memory"
+
+    def available(self) -> str | None:
+        for package in ("triton", "torch"):
+            if importlib.util.find_spec(package) is None:
+                return f"needs {package}, which is not installed"
+        from anyflash.kernels.gluon.versions import unsupported
+
+        if why := unsupported(importlib.metadata.version("triton")):
+            return why
+        from anyflash.kernels.triton.device import interpreted
+
+        if interpreted():
+            return "Triton's interpreter does not know Gluon"
+        import torch
+
+        if not torch.cuda.is_available() or torch.version.hip:
+            return "torch sees no NVIDIA GPU"
+        found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        if _CAPABILITY in found:
+            return None
+        return f"is for compute capability 9.0, here is {', '.join(f'{a}.{b}' for a, b in found)}"
+
+    def decline(self, problem: Problem, device: Device) -> list[str]:
+        if device.kind != "cuda":
+            return [f"runs on cuda, the arrays are on {device}"]
+        from anyflash.kernels.triton.device import architecture
+
+        if (found := architecture(device)) != "sm_90":
+            return [f"is for sm_90, {device} is {found}"]
+        return self.lacks(problem)
+
+    def lacks(self, problem: Problem) -> list[str]:
+        """What of a problem its kernels do not know."""
+        reasons = integers_too_wide(problem)
+        if problem.dtype not in _DTYPES:
+            reasons.append(f"multiplies {' and '.join(_DTYPES)}, the arrays are {problem.dtype}")
+        if problem.addressing == "paged":
+            reasons.append("has no kernel for pages yet")
+        if problem.program.dropout_p:
+            reasons.append("has no dropout yet")
+        if any(dim not in _DIMS for dim in (problem.head_dim, problem.head_dim_v)):
+            reasons.append(
+                f"head dims are from {_DIMS[0]} to {_DIMS[-1]}, here {problem.head_dim} and "
+                f"{problem.head_dim_v}: narrower ones would leave half of a tile empty"
+            )
+        if max(problem.total_q, problem.total_k) >= _MOST_TOKENS:
+            reasons.append(f"packed tokens end at {_MOST_TOKENS}")
+        return reasons
+
+    def configure(self, problem: Problem) -> str:
+        return "tiles by head_dim"
+
+    def forward(self, problem: Problem, config: str, operands: Operands, results: Results) -> None:
+        from anyflash.kernels.gluon import launch
+
+        why = launch.unfit(problem, operands, results)
+        if why is None:
+            launch.forward(problem, operands, results)
+            return
+        logger.info("forward on hopper: the portable kernels, as %s", why)
+        PORTABLE.forward(problem, config, operands, results)
+
+    def backward(
+        self, problem: Problem, config: str, operands: Operands, saved: Saved, grads: Gradients
+    ) -> None:
+        PORTABLE.backward(problem, config, operands, saved, grads)
+
+    def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:
+        PORTABLE.restate(problem, config, lse, stats)
+
+    def explain(self, problem: Problem, config: str) -> dict[str, Any]:
+        from anyflash.kernels.gluon import schedule
+
+        program = problem.program
+        plain = program.mask is None and program.score is None
+        tiles = schedule.forward_tiles(problem.head_dim, problem.head_dim_v, plain)
+        shared = schedule.shared_bytes(tiles, problem.head_dim, problem.head_dim_v)
+        return {
+            "device": "sm_90",
+            "forward": f"{tiles.block_m} x {tiles.block_n}, {tiles.consumers} consumers, "
+            f"{tiles.stages} stages, {shared} bytes of shared memory; portable kernels for arrays that TMA "
+            "cannot move: not at 16 bytes, or a head's elements apart",
+            "backward": "portable kernels",
+            "block_q": tiles.block_m,
+            "block_k": tiles.block_n,
+        }
+
+
+BACKEND = Hopper()

@@ -1,0 +1,186 @@
+"""From views to descriptors and launches.
+
+A call that TMA cannot take (`unfit`) is for the portable kernels, whose results and stats are the same.
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from anyflash.core.device import Device
+from anyflash.core.view import View, contiguous_strides
+from anyflash.kernels.gluon import forward as forward_kernels
+from anyflash.kernels.gluon import schedule
+from anyflash.kernels.gluon.hopper import TensorDescriptor, shared_layout
+from anyflash.kernels.gluon.sequences import FAR, UNBOUNDED, WRAP
+from anyflash.kernels.triton import launch as portable
+from anyflash.kernels.triton.device import Pointer, current, empty, pointer
+from anyflash.kernels.triton.program import functions
+from anyflash.kernels.triton.schedule import Tiles as PortableTiles
+from anyflash.semantics.expr import Expr
+from anyflash.semantics.operands import Operands, Results
+from anyflash.semantics.problem import Problem
+from anyflash.semantics.text import parse
+
+# Blocks of 64 rows, as the forward reports them.
+_REPAIR = PortableTiles(schedule.ROWS, 32, 8, 1)
+_LARGEST_STEP = 2**39
+
+
+def unfit(problem: Problem, operands: Operands, results: Results) -> str | None:
+    """Why the arrays of a call cannot be moved by TMA, or None."""
+    for name, view in (("q", operands.q), ("k", operands.k), ("v", operands.v), ("out", results.out)):
+        if why := _unfit(view):
+            return f"{name} {why}"
+    for name, view in (("lse", results.lse), ("stats", results.stats)):
+        if view.strides != contiguous_strides(view.shape, view.itemsize):
+            return f"{name} is not contiguous"
+    return None
+
+
+def _unfit(view: View) -> str | None:
+    assert view.ptr is not None
+    if not view.size:
+        return "is empty"
+    if view.ptr % 16:
+        return "does not start at a multiple of 16 bytes"
+    if view.strides[-1] != view.itemsize:
+        return f"has elements {view.strides[-1]} bytes apart along the head dim"
+    for extent, stride in zip(view.shape[:-1], view.strides[:-1], strict=True):
+        if extent > 1 and (stride % 16 or not 0 < stride < _LARGEST_STEP):
+            return f"has rows {stride} bytes apart, not a positive multiple of 16"
+    return None
+
+
+def forward(problem: Problem, operands: Operands, results: Results) -> None:
+    """Write out, lse and stats. The arrays are fit."""
+    call = portable.Call(problem, operands)
+    program, packed = problem.program, problem.packed_q
+    found = functions(program.score, program.mask, tuple(spec.dtype for spec in problem.tables), "gluon")
+    tiles = schedule.forward_tiles(problem.head_dim, problem.head_dim_v, not call.hides)
+    with current(call.device):
+        if packed:
+            portable.fill_rows_of_no_sequence(call, results)
+        blocks, entries = call.row_blocks(tiles.block_m)
+        planes = problem.heads_q * entries
+        odd_blocks, _ = call.row_blocks(schedule.ROWS)
+        odd = empty((planes * odd_blocks,), call.device, "int32") if call.hides else None
+        sinks, *lengths, tables = call.shared_arrays()
+        launch(
+            forward_kernels.forward,
+            min(blocks * planes, processors(call.device)),
+            rows(operands.q, schedule.ROWS),
+            rows(operands.k, tiles.block_n),
+            rows(operands.v, tiles.block_n),
+            rows(results.out, schedule.ROWS),
+            pointer(results.lse),
+            pointer(results.stats),
+            odd,
+            sinks,
+            *lengths,
+            tables,
+            problem.total_q if packed else problem.seqlen_q,
+            odd_blocks,
+            blocks,
+            problem.heads_q,
+            planes,
+            _section(problem, planes),
+            problem.batch,
+            problem.group,
+            *call.extents,
+            float(problem.scale),
+            call.unit,
+            SCORE=found.final_score,
+            ALLOWED=found.allowed,
+            TILE_CLASS=found.tile_class,
+            C=schedule.Form(
+                identity=call.identity,
+                masked=found.masked,
+                wide=not _reads_tables(program.mask),
+                sinks=program.sinks,
+                guard=call.hides,
+                packed=packed,
+                used=problem.seqused_k,
+                consumers=tiles.consumers,
+                stages=tiles.stages,
+                turns=tiles.turns,
+                own_out=tiles.own_out,
+                consumer_registers=tiles.consumer_registers,
+                producer_registers=tiles.producer_registers,
+            ),
+            num_warps=4,
+        )
+        if call.hides:
+            portable.forward(problem, operands, results, _REPAIR, odd)
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Start a kernel on the current device."""
+    kernel[(programs,)](*arguments, **constants)
+
+
+def rows(view: View, extent: int) -> Any:
+    """A descriptor of boxes of `extent` rows of a head, as sequences.py names their coordinates."""
+    size = view.itemsize
+    # An axis of extent 1 has any step; TMA wants a valid one.
+    *axes, dim = [
+        (length, stride // size if length > 1 else 8)
+        for length, stride in zip(view.shape, view.strides, strict=True)
+    ]
+    if view.ndim == 3:
+        (_, token), head = axes
+        shape = (UNBOUNDED, UNBOUNDED, head[0], FAR, dim[0])
+        strides = (WRAP - token, token, head[1], token, 1)
+    else:
+        batch, token, head = axes
+        shape = (batch[0], head[0], token[0], dim[0])
+        strides = (batch[1], head[1], token[1], 1)
+    block = (1,) * (len(shape) - 2) + (extent, schedule.padded(dim[0]))
+    return descriptor(view, shape, strides, block)
+
+
+def descriptor(
+    view: View, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    """A descriptor over the memory of a view; strides in elements."""
+    assert view.ptr is not None
+    return _descriptor(view.ptr, view.dtype, shape, strides, block)
+
+
+@functools.lru_cache(maxsize=1024)
+def _descriptor(
+    address: int, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    import torch
+    from triton.experimental.gluon import language as gl
+
+    layout = shared_layout(list(block), getattr(gl, dtype))
+    base = Pointer(address, getattr(torch, dtype))
+    return TensorDescriptor(base, list(shape), list(strides), list(block), layout)
+
+
+@functools.lru_cache(maxsize=16)
+def processors(device: Device) -> int:
+    """Streaming multiprocessors: one persistent block each."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(device.index).multi_processor_count)
+
+
+def _section(problem: Problem, planes: int) -> int:
+    """Planes side by side. Packed, sequences differ in length: all heads of one block."""
+    if problem.packed_q:
+        return planes
+    return schedule.section(
+        planes, problem.group, problem.seqlen_k, problem.head_dim, problem.head_dim_v, itemsize=2
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _reads_tables(text: str | None) -> bool:
+    def reads(e: Expr) -> bool:
+        return e.op == "load" or any(reads(a) for a in e.args)
+
+    return text is not None and reads(parse(text))
