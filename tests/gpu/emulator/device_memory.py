@@ -14,7 +14,7 @@ import torch
 from gpu.emulator import machine
 from gpu.emulator.errors import OutOfBounds, Race
 from gpu.emulator.source import where
-from gpu.emulator.tensor import Int, Pointer, Tensor, common_layout
+from gpu.emulator.tensor import Pointer, Tensor, as_value, common_layout
 
 
 class Owners:
@@ -59,14 +59,6 @@ def _indices(pointer: Pointer, mask: Any, *others: Any) -> tuple[torch.Tensor, t
         low, high = int(touched.min()), int(touched.max())
         raise OutOfBounds(f"elements {low} to {high} of a tensor of {size} are addressed at {where()}")
     return at, chosen, layout
-
-
-def as_value(data: torch.Tensor, layout: Any = None) -> Any:
-    """A scalar integer as Int, all else as a tensor."""
-    if data.dim() == 0 and not data.dtype.is_floating_point:
-        bits = 1 if data.dtype == torch.bool else max(32, 8 * data.element_size())
-        return Int(int(data), bits)
-    return Tensor(data, layout)
 
 
 def load(

@@ -19,7 +19,7 @@ from gpu.emulator.errors import EmulationError, Mismatch
 from gpu.emulator.memory import SharedMemory
 from gpu.emulator.scheduler import Task
 from gpu.emulator.source import assigned_name
-from gpu.emulator.tensor import Int, Tensor, binary, common_layout, raw
+from gpu.emulator.tensor import Int, Tensor, as_value, binary, common_layout, raw
 from gpu.emulator.tensor import expand_dims as expand_dims
 
 _FLOATS = (torch.float32, torch.float64)
@@ -219,11 +219,11 @@ def _reduction(of: Callable[[torch.Tensor, Any, bool], torch.Tensor]) -> Callabl
         if data.dtype in (torch.bfloat16, torch.float16):
             data = data.float()
         if axis is None:
-            return Tensor(of(data.flatten(), 0, False))
+            return as_value(of(data.flatten(), 0, False))
         layout = value.layout
         if layout is not None and not keep_dims:
             layout = gl.SliceLayout(int(axis), layout) if data.dim() > 1 else None
-        return Tensor(of(data, int(axis), bool(keep_dims)), layout)
+        return as_value(of(data, int(axis), bool(keep_dims)), layout)
 
     return reduced
 

@@ -307,3 +307,11 @@ class Pointer:
 
     def __sub__(self, less: Any) -> Pointer:
         return Pointer(self.flat, self.offsets - less)
+
+
+def as_value(data: torch.Tensor, layout: Any = None) -> Any:
+    """A scalar integer as Int, all else as a tensor."""
+    if data.dim() == 0 and not data.dtype.is_floating_point:
+        bits = 1 if data.dtype == torch.bool else max(32, 8 * data.element_size())
+        return Int(int(data), bits)
+    return Tensor(data, layout)
