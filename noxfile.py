@@ -61,6 +61,7 @@ _INTERPRETED = (
     "tests/gpu/test_interpreted_decode.py",
     "tests/gpu/test_interpreted_device.py",
     "tests/gpu/test_precision.py",
+    "tests/gpu/test_emulated_hopper.py",
 )
 
 OVERLAYS = {

@@ -1,0 +1,169 @@
+"""The Hopper backend's forward under the emulator: cases of the contract, judged as every backend's are.
+
+Each case runs clean, in poisoned memory (NaN in what is masked, behind lengths and around arrays) and again.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1: nox -s 'systems(triton39)'", allow_module_level=True)
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from anyflash.backends.hopper import BACKEND
+from anyflash.contract import direct, run
+from anyflash.contract.cases import Case, Packed
+from anyflash.contract.poison import Layout
+from anyflash.contract.rules import MASKS, Causal, Dense, Window
+from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
+from anyflash.kernels.gluon.versions import unsupported
+from gpu import emulated
+
+LENGTHS = Packed((70, 0, 200, 3), (70, 33, 150, 0))
+SPARE = Packed((130, 40), (260, 70), used_k=(190, 0), slack_q=9, slack_k=33)
+
+CASES = (
+    Case("plain", lens=(100, 300), dims=(64, 64)),
+    Case("wide", lens=(70, 300), dims=(128, 128)),
+    Case("widest", lens=(100, 130), dims=(256, 256), heads=(1, 1)),
+    Case("causal", lens=(300, 300), dims=(128, 128), rules=(Causal(),)),
+    Case("causal_fewer_queries", lens=(70, 300), dims=(64, 64), rules=(Causal(),), batch=1),
+    Case("causal_fewer_keys", lens=(300, 70), dims=(64, 64), rules=(Causal(),), batch=1),
+    Case("group", lens=(70, 260), dims=(64, 64), heads=(6, 2), rules=(Causal(),), batch=1),
+    Case("window", lens=(300, 330), dims=(64, 64), rules=(Window(40, 9),), batch=1),
+    Case("few_rows", lens=(140, 150), dims=(64, 64), rules=(MASKS["few_rows"],), batch=1),
+    Case("documents", lens=(200, 200), dims=(64, 64), rules=(MASKS["documents_by_batch"],)),
+    Case("by_head", lens=(200, 300), dims=(64, 64), rules=(MASKS["by_head"],), batch=1),
+    Case("dense_mask", lens=(70, 300), dims=(64, 64), rules=(Dense("bhqk", 0.4),), batch=1),
+    Case("softcap", lens=(70, 260), dims=(64, 64), terms=(Softcap(2.0),), rules=(Causal(),), batch=1),
+    Case("alibi", lens=(70, 260), dims=(64, 64), terms=(Alibi(),), rules=(Causal(),), batch=1),
+    Case("bias", lens=(70, 260), dims=(64, 64), terms=(Biases(("hqk", "bk")),), batch=1),
+    Case("program", lens=(70, 140), dims=(64, 64), terms=(SCORES["relative"],), batch=1),
+    Case("sinks", lens=(70, 260), dims=(64, 64), sinks="randn", rules=(Causal(),), batch=1),
+    Case("sinks_no_key", lens=(130, 70), dims=(64, 64), sinks="randn", rules=(Causal(),), batch=1),
+    Case("odd_dims", lens=(70, 140), dims=(96, 80), batch=1),
+    Case("latent", lens=(130, 140), dims=(192, 128), rules=(Causal(),), heads=(2, 1), batch=1),
+    Case("short_rows", lens=(70, 140), dims=(40, 136), batch=1),
+    Case("negative_scale", lens=(70, 140), dims=(64, 64), scale=-0.3, batch=1),
+    Case("large", lens=(70, 260), dims=(64, 64), data="large", batch=1),
+    Case("constant", lens=(70, 260), dims=(64, 64), data="constant", batch=1),
+    Case("packed", packed=LENGTHS, dims=(64, 64), heads=(4, 2)),
+    Case("packed_causal", packed=LENGTHS, dims=(128, 128), rules=(Causal(),)),
+    Case("packed_window", packed=SPARE, dims=(64, 64), rules=(Window(60, 2),)),
+    Case("packed_score", packed=SPARE, dims=(64, 128), terms=(SCORES["distance"],)),
+    Case("one_query", lens=(1, 300), dims=(64, 64), heads=(4, 1)),
+    Case("layout_heads_first", layouts=(Layout((0, 2, 1, 3)),), lens=(70, 140), dims=(64, 64)),
+    Case("layout_gaps", layouts=(Layout(gap=8),), lens=(70, 140), dims=(64, 64), batch=1),
+    Case("layout_columns", layouts=(Layout((0, 2, 3, 1)),), lens=(40, 50), dims=(64, 64), batch=1),
+    Case("layout_broadcast", layouts=(Layout(expand=(2,)),), lens=(40, 50), dims=(64, 64), batch=1),
+)  # fmt: skip
+DTYPES = ("bfloat16", "float16")
+
+
+def cases() -> list[Case]:
+    return [
+        replace(case, id=f"{dtype}-{case.id}", dtype=dtype, data_seed=i)
+        for i, case in enumerate(CASES)
+        for dtype in DTYPES[i % 2 : i % 2 + 1]
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.id)
+def test_contract(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated.install(monkeypatch, seed=case.data_seed)
+    report = run.run(case, "hopper", directions=("forward",))
+    assert not report.failures, "\n".join(report.failures)
+
+
+def arrays(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
+
+
+def close(found: np.ndarray, wanted: np.ndarray) -> bool:
+    top = np.abs(wanted.astype(np.float64)).max()
+    return bool(np.abs(found.astype(np.float64) - wanted).max() <= 4 * np.finfo(np.float16).eps * top)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_schedule(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits whatever the order in which things complete."""
+    q, k, v = arrays((1, 200, 2, 64), (1, 330, 1, 64), (1, 330, 1, 64))
+    found = []
+    for this in (0, seed):
+        emulated.install(monkeypatch, seed=this)
+        found.append(direct.attend("hopper", q, k, v, causal=True))
+    assert found[0].out.tobytes() == found[1].out.tobytes()
+    assert found[0].lse.tobytes() == found[1].lse.tobytes()
+
+
+def test_slices_of_a_packed_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = emulated.install(monkeypatch)
+    (qkv,) = arrays((2, 70, 3, 2, 64))
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    found = direct.attend("hopper", q, k, v)
+    assert launched == ["forward"]
+    assert close(found.out, direct.attend("reference", q, k, v).out)
+
+
+def test_what_tma_cannot_move(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    launched = emulated.install(monkeypatch)
+    q, k, v = arrays((1, 40, 2, 65), (1, 50, 2, 65), (1, 50, 2, 65))
+    with caplog.at_level(logging.INFO, "anyflash"):
+        found = direct.attend("hopper", q, k, v)
+    assert not launched
+    assert "portable kernels, as q has rows 260 bytes apart" in caplog.text
+    assert close(found.out, direct.attend("reference", q, k, v).out)
+
+
+def test_stats_serve_the_portable_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated.install(monkeypatch)
+    q, k, v, dout = arrays((1, 70, 2, 64), (1, 140, 1, 64), (1, 140, 1, 64), (1, 70, 2, 64))
+    found, wanted = (direct.attend(name, q, k, v, dout=dout, causal=True) for name in ("hopper", "reference"))
+    for name in ("dq", "dk", "dv"):
+        assert close(getattr(found, name), getattr(wanted, name))
+
+
+DECLINED = (
+    ({"dtype": np.float32}, "the arrays are float32"),
+    ({"dim": 32}, "head dims are from 33 to 256, here 32 and 32"),
+    ({"dim": 264}, "here 264 and 264"),
+    ({"dropout_p": 0.1}, "has no dropout yet"),
+)
+
+
+@pytest.mark.parametrize(("call", "why"), DECLINED)
+def test_declines(call: dict[str, Any], why: str) -> None:
+    keywords = dict(call)
+    x = np.ones((1, 4, 1, keywords.pop("dim", 64)), keywords.pop("dtype", np.float16))
+    problem, _ = direct.prepare(x, x, x, **keywords)
+    assert any(why in reason for reason in BACKEND.lacks(problem))
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("3.5.1", False), ("3.6.0", True), ("3.9.1+git1", True), ("3.10.0", False), ("4.0", False)],
+)
+def test_versions(version: str, fits: bool) -> None:
+    why = unsupported(version)
+    assert (why is None) is fits
+    if why:
+        assert "needs triton 3.6 to 3.9" in why and version in why
