@@ -104,7 +104,8 @@ def _from_inside(here: str, height: int, found: Import) -> Iterator[str]:
     if inside(here, ("frontends",)) and inside(there, ("kernels",)):
         yield "a frontend knows no kernel"
     compilers = [dotted.split(".")[1] for dotted in (here, there) if dotted.startswith("kernels.")]
-    if len(set(compilers)) > 1:
+    # Gluon is a language of Triton's: launches, generated functions and the device are in kernels/triton.
+    if len(set(compilers)) > 1 and compilers != ["gluon", "triton"]:
         yield "kernels of one compiler know no other"
 
 
