@@ -53,6 +53,7 @@ _COMPILED = (
     "tests/gpu/test_compiled_append.py",
     "tests/gpu/test_compiled_others.py",
     "tests/gpu/test_emulator.py",
+    "tests/gpu/test_emulator_agrees.py",
     "tests/gpu/test_variants.py",
 )
 _INTERPRETED = (

@@ -1,0 +1,87 @@
+"""Gluon's own word on the emulator's kernels: what is right there compiles for Hopper, and types that the
+emulator refuses Gluon refuses too."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
+pytest.importorskip("torch")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import offline
+import torch
+import triton
+from triton.compiler import make_backend
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import create_function_from_signature
+
+from gpu import emulated_faults as faults
+from gpu import emulated_kernels as kernels
+
+HOPPER = offline.TARGETS["sm_90"]
+_GLUON = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+
+def compile_for_hopper(kernel: Any, *arguments: Any) -> Any:
+    backend = make_backend(HOPPER)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*arguments, num_warps=4)
+    options, signature, constexprs, attributes = kernel._pack_args(
+        backend, {"num_warps": 4}, bound, specialization, options
+    )
+    source = GluonASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=HOPPER, options=options.__dict__)
+
+
+def boxes(shape: list[int], block: list[int], dtype: torch.dtype = torch.bfloat16) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON[dtype])
+    return TensorDescriptor(offline.Stand(dtype), shape, [shape[1], 1], block, layout)
+
+
+SQUARE = boxes([256, 64], [64, 64])
+FLOATS, INTEGERS = offline.Stand(torch.float32), offline.Stand(torch.int32)
+RIGHT: dict[str, tuple[Any, ...]] = {
+    "copy": (kernels.copy, SQUARE, SQUARE),
+    "ring": (kernels.double, SQUARE, SQUARE, 5, 2),
+    "product": (
+        kernels.product,
+        boxes([128, 320], [64, 64]),
+        boxes([320, 64], [64, 64]),
+        boxes([128, 64], [64, 64], torch.float32),
+        5,
+        2,
+    ),
+    "turns": (kernels.in_turn, INTEGERS, INTEGERS, True),
+    "pointers": (kernels.row_sums, FLOATS, FLOATS, INTEGERS, 32, 16),
+}
+# A register operand or a sum in a wrong layout are refused, too, but by the end of the process.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    fault: (faults.values, FLOATS, fault)
+    for fault in ("layouts", "layouts of where", "ranks", "expanded axis", "warps", "extents", "constexpr")
+}
+REFUSED |= {"half exponent": (faults.values, FLOATS, "half exponent")}
+REFUSED |= {
+    fault: (faults.memory, SQUARE, SQUARE, fault)
+    for fault in ("stored shape", "stored type", "box of another shape", "product used in flight")
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels_compile(name: str) -> None:
+    assert compile_for_hopper(*RIGHT[name]).asm["cubin"]
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_refused_by_gluon_too(fault: str) -> None:
+    with pytest.raises((triton.CompilationError, RuntimeError)):
+        compile_for_hopper(*REFUSED[fault])
