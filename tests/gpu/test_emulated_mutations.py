@@ -1,0 +1,148 @@
+"""Hopper's kernels, each of their synchronising calls dropped or weakened: the emulator notices, or the
+reason why nothing goes wrong stands here.
+
+Needs TRITON_INTERPRET=1: the portable kernels around them are interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1: nox -s 'systems(triton39)'", allow_module_level=True)
+
+import numpy as np
+import torch
+from triton.runtime.jit import JITFunction
+
+from anyflash.contract import direct
+from anyflash.core.errors import BackendBroken
+from anyflash.dispatch.plan import run_forward
+from anyflash.kernels.gluon import forward, pipeline, schedule
+from anyflash.semantics.operands import Results
+from gpu import emulated
+from gpu.emulator.errors import EmulationError
+from gpu.emulator.mutations import CALLS, Mutation, mutations, noticed
+
+SEEDS = range(3)
+LENGTH, HEADS, DIM = 200, 2, 64
+# Helpers of pipeline.py, dropped call by call beside being mutated themselves.
+HELPERS = dict.fromkeys(("await_full", "fill", "open_turns", "pass_turn", "release", "take_turn"))
+_TOLERANCE = 8 * 2.0**-8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A call, in a configuration that takes a way of its own through the kernels."""
+
+    tiles: schedule.Tiles
+    causal: bool = False
+
+    def __str__(self) -> str:
+        return f"turns {self.tiles.turns}" + (", causal" if self.causal else "")
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(0)
+        arrays = [rng.standard_normal((1, LENGTH, heads, DIM)).astype(np.float16) for heads in (HEADS, 1, 1)]
+        object.__setattr__(self, "_call", direct.prepare(*arrays, causal=self.causal))
+
+    def _forward(self, backend: str) -> tuple[np.ndarray, ...]:
+        problem, operands = self._call
+        out = np.full(problem.out_shape, np.nan, np.float16)
+        lse, stats = (np.full((*planes, *problem.lse_shape), np.nan, np.float32) for planes in ((), (2,)))
+        run_forward(
+            problem, operands, Results(*(direct.view_of(x, True) for x in (out, lse, stats))), backend
+        )
+        return out, lse, stats
+
+    @cache  # noqa: B019 - a handful of scenarios, for the length of a test run
+    def _wanted(self) -> tuple[np.ndarray, ...]:
+        return self._forward("reference")[:2]
+
+    @contextmanager
+    def _hopper(self, seed: int, replaced: Any) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            emulated.install(patch, seed, replaced)
+            patch.setattr(schedule, "forward_tiles", lambda *_: self.tiles)
+            yield
+
+    def run(self, seed: int, replaced: Any) -> bool:
+        wanted = self._wanted()
+        try:
+            with self._hopper(seed, replaced):
+                found = self._forward("hopper")[:2]
+        except BackendBroken as broken:
+            if isinstance(broken.__cause__, EmulationError):
+                raise broken.__cause__ from None
+            raise
+        pairs = zip(found, wanted, strict=True)
+        return all(bool(np.abs(a - b).max() <= _TOLERANCE * np.abs(b).max()) for a, b in pairs)
+
+
+_PLAIN = schedule.Tiles(64, 2, 2, 232, 40, 1, True)
+FORWARD = (
+    Scenario(_PLAIN),
+    Scenario(schedule.Tiles(64, 2, 2, 232, 40, 2, True)),
+    Scenario(schedule.Tiles(64, 2, 2, 232, 40, 0, False)),
+    Scenario(_PLAIN, causal=True),
+)
+
+
+def functions(module: ModuleType) -> list[Any]:
+    """The functions that a module defines itself."""
+    found = (value for value in vars(module).values() if isinstance(value, JITFunction))
+    return [value for value in found if value.fn.__module__ == module.__name__]
+
+
+TRIED: dict[str, tuple[tuple[Scenario, ...], ModuleType]] = {
+    "forward": (FORWARD, forward),
+    "pipeline": (FORWARD, pipeline),
+}
+
+# Mutations that change nothing but the order in which things happen to be done, and why.
+_BLOCK = "its phase has ended: the wait is there to end a basic block, for ptxas"
+_TURN = "turns are about speed: no data hangs on them"
+HARMLESS = {
+    "forward.under_product: await_full 3 dropped": _BLOCK,
+    "pipeline.take_turn: barrier_wait 1 dropped": _TURN,
+    "pipeline.take_turn: barrier_wait 1 turned": _TURN,
+}
+
+
+def how(mutation: Mutation, scenarios: tuple[Scenario, ...]) -> str | None:
+    for scenario in scenarios:
+        if found := noticed(scenario.run, mutation, SEEDS):
+            return found
+    return None
+
+
+@pytest.mark.parametrize("scenario", FORWARD, ids=str)
+def test_unmutated(scenario: Scenario) -> None:
+    for seed in range(9):
+        assert scenario.run(seed, None)
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_every_mutation_is_noticed(name: str) -> None:
+    scenarios, module = TRIED[name]
+    tried = list(mutations(functions(module), CALLS | (HELPERS if module is not pipeline else {})))
+    assert len(tried) > 10
+    missed = {mutation.name for mutation in tried if how(mutation, scenarios) is None}
+    assert missed == {known for known in HARMLESS if known.startswith(f"{name}.")}
