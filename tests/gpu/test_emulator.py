@@ -274,6 +274,21 @@ def test_boxes_past_the_edges() -> None:
     assert not described.read([6, 0]).any()
 
 
+BOXES = [
+    ((64, 64), (60, 1), (16, 16), "of 16 bytes"),
+    ((64, 64), (64, 2), (16, 16), "the last has step 1"),
+    ((64, 64), (2**39, 1), (16, 16), r"2\*\*40 bytes"),
+    ((0, 64), (64, 1), (16, 16), "extents of 1"),
+    ((64, 64), (64, 1), (512, 16), "a box of"),
+]
+
+
+@pytest.mark.parametrize(("shape", "steps", "block", "said"), BOXES)
+def test_what_a_tensor_map_cannot_hold(shape: Any, steps: Any, block: Any, said: str) -> None:
+    with pytest.raises(Mismatch, match=said):
+        Descriptor(torch.zeros(4096).bfloat16(), 0, shape, steps, block, None)
+
+
 def test_addresses_wrap() -> None:
     """A window whose last rows are a sequence's: the first axis takes a whole turn, less as many steps."""
     far, step = 2**30, 16

@@ -16,6 +16,9 @@ from gpu.emulator.errors import BarrierMisuse
 from gpu.emulator.scheduler import Task
 from gpu.emulator.source import where
 
+# Arrivals, and bytes, that a phase can count.
+_MOST = (1 << 20) - 1
+
 
 class Barrier:
     """An mbarrier. `phase` counts those that have ended."""
@@ -46,7 +49,7 @@ class Barrier:
     def init(self, count: int) -> None:
         if self.count:
             raise BarrierMisuse(f"{self.name} is initialised a second time at {where()}")
-        if int(count) < 1:
+        if not 0 < int(count) <= _MOST:
             raise BarrierMisuse(f"{self.name} is initialised for {int(count)} arrivals")
         self.count = self.pending = int(count)
 
@@ -59,6 +62,8 @@ class Barrier:
             raise BarrierMisuse(f"{self.name} is told to expect {int(size)} bytes at {where()}")
         self._live()
         self.bytes += int(size)
+        if self.bytes > _MOST:
+            raise BarrierMisuse(f"{self.name} expects {self.bytes} bytes, of at most {_MOST}, at {where()}")
         self.arrive(1)
 
     def arrive(self, count: int) -> None:

@@ -40,6 +40,11 @@ class Descriptor:
             )
         if self.strides[-1] != 1 or not 1 <= len(self.shape) <= 5:
             raise Mismatch(f"TMA wants 1 to 5 axes of which the last has step 1, not steps {self.strides}")
+        # What the hardware's tensor maps hold.
+        if any(not 0 < step * size < 1 << 40 for step in self.strides[:-1]):
+            raise Mismatch(f"TMA wants steps of 16 to 2**40 bytes, not {self.strides} of {size} bytes")
+        if any(not 0 < extent <= 1 << 32 for extent in self.shape):
+            raise Mismatch(f"TMA wants extents of 1 to 2**32, not {self.shape}")
         if max(self.block_shape) > 256 or self.block_shape[-1] * size < 16:
             raise Mismatch(f"a box of {self.block_shape} elements of {size} bytes")
 
