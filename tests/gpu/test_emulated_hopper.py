@@ -142,19 +142,22 @@ def test_stats_serve_the_portable_backward(monkeypatch: pytest.MonkeyPatch) -> N
         assert close(getattr(found, name), getattr(wanted, name))
 
 
+USUAL = {"dim": 64, "keys": 4, "dtype": np.float16}
 DECLINED = (
     ({"dtype": np.float32}, "the arrays are float32"),
     ({"dim": 32}, "head dims are from 33 to 256, here 32 and 32"),
     ({"dim": 264}, "here 264 and 264"),
     ({"dropout_p": 0.1}, "has no dropout yet"),
+    ({"keys": 4096}, "4 rows of a group over 4096 keys are for a split over keys"),
 )
 
 
 @pytest.mark.parametrize(("call", "why"), DECLINED)
 def test_declines(call: dict[str, Any], why: str) -> None:
     keywords = dict(call)
-    x = np.ones((1, 4, 1, keywords.pop("dim", 64)), keywords.pop("dtype", np.float16))
-    problem, _ = direct.prepare(x, x, x, **keywords)
+    dim, keys, dtype = (keywords.pop(name, usual) for name, usual in USUAL.items())
+    q, k = np.ones((1, 4, 1, dim), dtype), np.ones((1, keys, 1, dim), dtype)
+    problem, _ = direct.prepare(q, k, k, **keywords)
     assert any(why in reason for reason in BACKEND.lacks(problem))
 
 

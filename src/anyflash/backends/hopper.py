@@ -16,6 +16,7 @@ from anyflash.backends.triton import BACKEND as PORTABLE
 from anyflash.core.device import Device
 from anyflash.core.log import logger
 from anyflash.core.view import View
+from anyflash.kernels.triton.schedule import DECODE_KEYS, ROWS
 from anyflash.semantics.limits import integers_too_wide
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
@@ -66,6 +67,8 @@ class Hopper:
         reasons = integers_too_wide(problem)
         if problem.dtype not in _DTYPES:
             reasons.append(f"multiplies {' and '.join(_DTYPES)}, the arrays are {problem.dtype}")
+        if problem.dtype_kv != problem.dtype or problem.program.factor:
+            reasons.append("has no 8-bit floats yet")
         if problem.addressing == "paged":
             reasons.append("has no kernel for pages yet")
         if problem.program.dropout_p:
@@ -75,6 +78,9 @@ class Hopper:
                 f"head dims are from {_DIMS[0]} to {_DIMS[-1]}, here {problem.head_dim} and "
                 f"{problem.head_dim_v}: narrower ones would leave half of a tile empty"
             )
+        rows = problem.seqlen_q * problem.group
+        if problem.addressing == "dense" and rows <= ROWS["some"][1] and problem.seqlen_k >= DECODE_KEYS:
+            reasons.append(f"{rows} rows of a group over {problem.seqlen_k} keys are for a split over keys")
         if max(problem.total_q, problem.total_k) >= _MOST_TOKENS:
             reasons.append(f"packed tokens end at {_MOST_TOKENS}")
         return reasons

@@ -32,9 +32,20 @@ def _mapping(address: int) -> Region:
     raise OutOfBounds(f"nothing lies at address {address:#x}")
 
 
+def _united(regions: Iterable[Region]) -> list[Region]:
+    """Those that overlap as one: views of one array."""
+    found: list[Region] = []
+    for low, high in sorted(regions):
+        if found and low < found[-1][1]:
+            first, last = found.pop()
+            low, high = first, max(high, last)
+        found.append((low, high))
+    return found
+
+
 class Regions:
     def __init__(self, arrays: Iterable[Any]) -> None:
-        self._known = [region_of(array) for array in arrays]
+        self._known = _united(region_of(array) for array in arrays)
         self._flat: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def at(self, address: int, dtype: torch.dtype) -> tuple[torch.Tensor, int]:

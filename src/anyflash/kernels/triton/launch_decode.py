@@ -14,12 +14,12 @@ from anyflash.kernels.triton import decode as kernels
 from anyflash.kernels.triton import schedule
 from anyflash.kernels.triton.device import architecture, current, empty, pointer, steps
 from anyflash.kernels.triton.launch import (
+    Call,
     _blocks,
-    _Call,
-    _fill_rows_of_no_sequence,
     _lse_steps,
     _rows,
     _stats_steps,
+    fill_rows_of_no_sequence,
 )
 from anyflash.kernels.triton.vectors import neighbours
 from anyflash.kernels.triton.workspace import counters
@@ -49,10 +49,10 @@ def serves(problem: Problem) -> bool:
 
 
 def forward(problem: Problem, operands: Operands, results: Results) -> None:
-    call = _Call(problem, operands)
+    call = Call(problem, operands)
     with current(call.device):
         if problem.packed_q:
-            _fill_rows_of_no_sequence(call, results)
+            fill_rows_of_no_sequence(call, results)
         if problem.batch and problem.seqlen_q:
             for rows in _kinds(problem):
                 _launch(call, rows, results)
@@ -67,7 +67,7 @@ def _kinds(problem: Problem) -> Iterator[schedule.Rows]:
             yield rows
 
 
-def _launch(call: _Call, rows: schedule.Rows, results: Results) -> None:
+def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     problem, operands = call.problem, call.operands
     arch = architecture(call.device)
     tiles = schedule.decode_tiles(rows, arch, problem.head_dim, problem.head_dim_v, operands.q.itemsize)
