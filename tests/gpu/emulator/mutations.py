@@ -1,8 +1,9 @@
 """Broken kernels: every call that synchronises, dropped or weakened, one at a time.
 
 A call that stands alone is taken out. A call whose result is used hands its `deps` on as they are. Beyond
-that a wait for all but n becomes one for all but n + 1, a parity is turned round, and half of the bytes are
-expected. Code objects keep the lines of the original, so that errors point into it.
+that a wait for all but n becomes one for all but n + 1, a parity is turned round, half of the bytes are
+expected, and a barrier wants one more arrival. Code objects keep the lines of the original, so that errors
+point into it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from triton.runtime.jit import JITFunction
 
 from gpu.emulator.errors import EmulationError
 
-# Calls to take out or weaken, by the last part of their name: what is done to an argument, by its place.
 Change = Callable[[ast.expr], ast.expr]
+# What is said of a changed call, which argument is changed, by place or name, and how.
+Alteration = tuple[str, int | str, Change]
 Replaced = Mapping[JITFunction[Any], types.FunctionType]
 
 
@@ -38,11 +40,12 @@ def _turned(value: ast.expr) -> ast.expr:
     return ast.BinOp(value, ast.BitXor(), ast.Constant(1))
 
 
-CALLS: dict[str, tuple[str, int, Change] | None] = {
+# Calls to take out, and to weaken, by the last part of their name.
+CALLS: dict[str, Alteration | None] = {
     "barrier_wait": ("turned", 1, _turned),
     "barrier_arrive": None,
     "barrier_expect": ("halved", 1, _half),
-    "barrier_init": None,
+    "barrier_init": ("for one more", "count", _plus_one),
     "fence": None,
     "wgmma_wait": ("one more in flight", 0, _plus_one),
     "tma_store_wait": ("one more in flight", 0, _plus_one),
@@ -106,7 +109,7 @@ class _Drop(ast.NodeTransformer):
 
 
 class _Alter(_Drop):
-    def __init__(self, target: int, place: int, change: Change) -> None:
+    def __init__(self, target: int, place: int | str, change: Change) -> None:
         super().__init__(target)
         self._place, self._change = place, change
 
@@ -114,11 +117,20 @@ class _Alter(_Drop):
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        if self._is_target(node):
-            if len(node.args) > self._place:
-                node.args[self._place] = self._change(node.args[self._place])
-            return node
-        return self.generic_visit(node)
+        if not self._is_target(node):
+            return self.generic_visit(node)
+        if isinstance(self._place, int):
+            node.args[self._place] = self._change(node.args[self._place])
+        for keyword in node.keywords:
+            if keyword.arg == self._place:
+                keyword.value = self._change(keyword.value)
+        return node
+
+
+def _has(call: ast.Call, place: int | str) -> bool:
+    if isinstance(place, int):
+        return len(call.args) > place
+    return any(keyword.arg == place for keyword in call.keywords)
 
 
 def _ordered_calls(tree: ast.Module, names: frozenset[str]) -> list[ast.Call]:
@@ -148,7 +160,7 @@ def _compiled(original: JITFunction[Any], tree: ast.Module, first_line: int) -> 
 
 
 def mutations(
-    functions: Iterable[JITFunction[Any]], calls: Mapping[str, tuple[str, int, Change] | None] = CALLS
+    functions: Iterable[JITFunction[Any]], calls: Mapping[str, Alteration | None] = CALLS
 ) -> Iterator[Mutation]:
     """All of them, function by function."""
     names = frozenset(calls)
@@ -165,7 +177,7 @@ def mutations(
             here = f"{module}.{original.fn.__name__}: {called} {counts[called]}"
             dropped = _Drop(target).of(copy.deepcopy(tree), names)
             yield Mutation(f"{here} dropped", line, original, _compiled(original, dropped, first_line))
-            if (change := calls[called]) is not None and len(call.args) > change[1]:
+            if (change := calls[called]) is not None and _has(call, change[1]):
                 how, place, apply = change
                 altered = _Alter(target, place, apply).of(copy.deepcopy(tree), names)
                 yield Mutation(f"{here} {how}", line, original, _compiled(original, altered, first_line))
