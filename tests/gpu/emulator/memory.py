@@ -71,7 +71,8 @@ class Allocation:
         self.bytes = torch.full((size,), 255, dtype=torch.uint8)
         self._accesses: dict[Place, dict[Any, _Access]] = {}
         self._masks: dict[Place, torch.Tensor] = {}
-        self._overlaps: dict[tuple[Place, Place], bool] = {}
+        # Of a pair: do they overlap, and does the first have all of the second?
+        self._shared: dict[tuple[Place, Place], tuple[bool, bool]] = {}
 
     def _mask(self, place: Place) -> torch.Tensor:
         if place not in self._masks:
@@ -81,13 +82,13 @@ class Allocation:
             self._masks[place] = touched.bool()
         return self._masks[place]
 
-    def _overlap(self, a: Place, b: Place) -> bool:
+    def _both(self, a: Place, b: Place) -> tuple[bool, bool]:
         if a == b:
-            return True
-        if (a, b) not in self._overlaps:
-            both = bool((self._mask(a) & self._mask(b)).any())
-            self._overlaps[a, b] = self._overlaps[b, a] = both
-        return self._overlaps[a, b]
+            return True, True
+        if (a, b) not in self._shared:
+            mine, theirs = self._mask(a), self._mask(b)
+            self._shared[a, b] = bool((mine & theirs).any()), not bool((theirs & ~mine).any())
+        return self._shared[a, b]
 
     def access(self, place: Place, name: str, writes: bool, operation: Operation | None) -> None:
         task = operation.task if operation is not None else machine.task()
@@ -95,7 +96,7 @@ class Allocation:
         verb = "writes" if writes else "reads"
         said = f"{operation or task.name} {verb} {name}" + ("" if operation else f" at {where()}")
         for other, accesses in self._accesses.items():
-            if not self._overlap(place, other):
+            if not self._both(place, other)[0]:
                 continue
             for earlier in accesses.values():
                 if not (writes or earlier.writes) or earlier.operation is operation is not None:
@@ -105,10 +106,11 @@ class Allocation:
                 stored = earlier.writes and earlier.operation is None
                 if operation is not None and stored and not clock.fences(earlier.partition, earlier.tick):
                     raise MissingFence(f"{said}, and no fence lies between this and: {earlier.said}")
-        records = self._accesses.setdefault(place, {})
         if writes:
             # Who is ordered after this is ordered after all that this was ordered after.
-            records.clear()
+            for other in [other for other in self._accesses if self._both(place, other)[1]]:
+                del self._accesses[other]
+        records = self._accesses.setdefault(place, {})
         key = operation if operation is not None else (task.index, writes)
         tick = clock.ticks.get(task.index, 0)
         records[key] = _Access(writes, task.index, tick, operation, said)
