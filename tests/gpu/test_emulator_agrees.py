@@ -3,7 +3,9 @@ emulator refuses Gluon refuses too."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,40 @@ REFUSED |= {
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_kernels_compile(name: str) -> None:
     assert compile_for_hopper(*RIGHT[name]).asm["cubin"]
+
+
+_STEPS = {
+    "mbarrier.try_wait": "wait",
+    "ld.shared.v4": "read",
+    "mbarrier.arrive.shared": "arrive",
+    "cp.async.bulk.wait_group.read": "stores read",
+    "st.shared.v4": "write",
+    "fence.proxy.async": "fence",
+    "cp.async.bulk.tensor.2d.global": "store",
+    "bar.sync": "together",
+}
+
+
+def test_a_partition_may_be_thought_one_thread() -> None:
+    """The emulator thinks so: before an arrival or a store by TMA, and after a wait that one thread makes,
+    the compiler brings the threads of a partition together."""
+    text = compile_for_hopper(*RIGHT["ring"]).asm["ptx"]
+    found = re.findall("|".join(map(re.escape, _STEPS)), text)
+    steps = [_STEPS[step] for step, _ in itertools.groupby(found)]
+    loop = [
+        "wait",
+        "read",
+        "together",
+        "arrive",
+        "stores read",
+        "together",
+        "write",
+        "fence",
+        "together",
+        "store",
+    ]
+    start = steps.index("read") - 1
+    assert steps[start : start + len(loop)] == loop
 
 
 @pytest.mark.parametrize("fault", REFUSED)

@@ -33,8 +33,9 @@ A race is found whatever the schedule, as long as the two accesses are made in s
 vector clocks along mbarriers, named barriers, and starts and ends of partitions.
 
 Not modelled, so that a fault of this kind is not seen:
-- a partition is one thread: barriers that Triton puts inside a partition, and warps of one partition that run
-  apart; registers, spills, `setmaxnreg` beyond the range of its number; speed, of course;
+- a partition is one thread: warps of one partition that run apart (Triton brings them together before an
+  arrival or a copy, as test_emulator_agrees.py checks of one kernel);
+- registers, spills, `setmaxnreg` beyond the range of its number, speed;
 - layouts beyond equality and the number of warps: which thread holds what, swizzles, bank conflicts, slices
   of shared memory across a swizzle; results of `reshape`, `permute`, `join`, `split` have no layout;
 - reads by threads before TMA overwrites (write after read across proxies): PTX wants a fence there too, and
