@@ -37,9 +37,9 @@ class Policy:
 
     @classmethod
     def of(cls, seed: int) -> Policy:
-        """The nine combinations take turns, each with choices of its own."""
-        chance = random.Random(seed)
-        return cls(seed, TIMINGS[seed % 3], ORDERS[seed // 3 % 3], chance.randrange(5), chance)
+        """The nine combinations take turns, with choices of their own; so do partitions in starving."""
+        starved = (seed % 3 + seed // 9) % 4
+        return cls(seed, TIMINGS[seed % 3], ORDERS[seed // 3 % 3], starved, random.Random(seed))
 
     def __str__(self) -> str:
         starved = f" {self.starved}" if self.order == "starve" else ""
