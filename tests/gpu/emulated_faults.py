@@ -150,6 +150,8 @@ def sender(tile, full, FAULT: gl.constexpr):
 
 @gluon.jit
 def receiver(tile, full, FAULT: gl.constexpr):
+    if FAULT == "initialised too late":
+        barrier_init(full.index(0), count=1)
     for n in range(2):
         barrier_wait(full.index(0), n)
         tile.index(n).load(ROWS)
@@ -160,6 +162,7 @@ def between(source, FAULT: gl.constexpr):
     """Two partitions: one fills two tiles and says so, the other reads them."""
     tile = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], source.layout)
     full = barriers(1)
-    barrier_init(full.index(0), count=1)
+    if FAULT != "initialised too late":
+        barrier_init(full.index(0), count=1)
     registers: gl.constexpr = 20 if FAULT == "registers" else 24
     gl.warp_specialize([(receiver, (tile, full, FAULT)), (sender, (tile, full, FAULT))], [4], [registers])

@@ -173,6 +173,13 @@ def test_written_without_order() -> None:
             emulate(faults.between, (1,), boxes(x, [64, 64]), "written without order", seed=seed)
 
 
+def test_initialised_by_a_partition_for_another() -> None:
+    x = torch.zeros(64, 64).bfloat16()
+    for seed in POLICIES:
+        with pytest.raises(BarrierMisuse, match="initialis"):
+            emulate(faults.between, (1,), boxes(x, [64, 64]), "initialised too late", seed=seed)
+
+
 def test_registers_of_a_partition() -> None:
     with pytest.raises(Mismatch, match="multiples of 8"):
         emulate(faults.between, (1,), boxes(torch.zeros(64, 64).bfloat16(), [64, 64]), "registers")

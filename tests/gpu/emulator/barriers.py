@@ -29,6 +29,7 @@ class Barrier:
         self.pending = 0
         self.bytes = 0
         self.phase = 0
+        self._made = (0, 0)
         self._known = Clock()
         self._ended = Clock()
         self._seen: list[tuple[Task, int, str]] = []
@@ -46,12 +47,24 @@ class Barrier:
         if not self.count:
             raise BarrierMisuse(f"{self.name} is used at {where()} before it is initialised")
 
+    def _ordered(self) -> Task:
+        """This partition, which knows of the initialisation."""
+        self._live()
+        task = machine.task()
+        if not task.clock.knows(*self._made):
+            raise BarrierMisuse(
+                f"{self.name} is used at {where()}, and nothing orders its initialisation before"
+            )
+        return task
+
     def init(self, count: int) -> None:
         if self.count:
             raise BarrierMisuse(f"{self.name} is initialised a second time at {where()}")
         if not 0 < int(count) <= _MOST:
             raise BarrierMisuse(f"{self.name} is initialised for {int(count)} arrivals")
         self.count = self.pending = int(count)
+        task = machine.task()
+        self._made = (task.index, task.clock.ticks[task.index])
 
     def invalidate(self) -> None:
         self._live()
@@ -67,8 +80,7 @@ class Barrier:
         self.arrive(1)
 
     def arrive(self, count: int) -> None:
-        self._live()
-        task = machine.task()
+        task = self._ordered()
         self.pending -= int(count)
         self._history.append(f"{task.name} at {where()}")
         if self.pending < 0:
@@ -107,11 +119,10 @@ class Barrier:
 
     def wait(self, parity: int) -> None:
         """Until the current phase is not of this parity: the one before it, of this parity, has ended."""
-        self._live()
+        task = self._ordered()
         parity = int(parity)
         if parity not in (0, 1):
             raise BarrierMisuse(f"{self.name} is asked for parity {parity} at {where()}")
-        task = machine.task()
         if self.phase & 1 == parity:
             task.phase_wanted = self.phase
             self._blocked.append(task)
