@@ -62,9 +62,9 @@ class Triton:
     def backward(
         self, problem: Problem, config: str, operands: Operands, saved: Saved, grads: Gradients
     ) -> None:
-        from anyflash.kernels.triton import launch
+        from anyflash.kernels.triton import launch_backward
 
-        launch.backward(problem, operands, saved, grads)
+        launch_backward.backward(problem, operands, saved, grads)
 
     def append(self, problem: Problem, config: str, call: CacheCall, turned: View | None) -> Operands:
         from anyflash.kernels.triton import launch_append
@@ -72,9 +72,9 @@ class Triton:
         return launch_append.append(problem, call, turned)
 
     def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:
-        from anyflash.kernels.triton import launch
+        from anyflash.kernels.triton import launch_backward
 
-        launch.restate(problem, lse, stats)
+        launch_backward.restate(problem, lse, stats)
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
         from anyflash.core.dtypes import ITEMSIZE

@@ -14,7 +14,7 @@
     slopes.py        what a pair adds to either
     schedule.py      tile sizes, warps and stages by device and head_dim
     precision.py     how float32 is multiplied
-    launch.py        views to launches
+    launch.py        views to launches; launch_backward.py those of the backward
     interpreter.py   what makes Triton's interpreter right for bfloat16
 
 Every kernel states its math, its tiles and its registers. Rules for all: no atomics on floats, save on those

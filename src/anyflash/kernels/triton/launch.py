@@ -13,15 +13,13 @@ from typing import Any
 from anyflash.core.device import Device
 from anyflash.core.errors import Unsupported
 from anyflash.core.view import View
-from anyflash.kernels.triton import backward as backward_kernels
 from anyflash.kernels.triton import forward as forward_kernels
 from anyflash.kernels.triton import prepare, schedule
-from anyflash.kernels.triton import tables as table_kernels
 from anyflash.kernels.triton.device import architecture, current, empty, pointer, steps
 from anyflash.kernels.triton.precision import float32_products
 from anyflash.kernels.triton.program import Functions, functions
 from anyflash.kernels.triton.vectors import neighbours
-from anyflash.semantics.operands import Gradients, Operands, Results, Saved
+from anyflash.semantics.operands import Operands, Results
 from anyflash.semantics.problem import Problem
 from anyflash.semantics.rng import threshold
 
@@ -64,133 +62,11 @@ def forward(
         )
 
 
-def backward(problem: Problem, operands: Operands, saved: Saved, grads: Gradients) -> None:
-    call = Call(problem, operands)
-    with current(call.device):
-        for view in grads.tables:
-            if view is not None:
-                _zero(view)
-        if grads.dsinks is not None:
-            _zero(grads.dsinks)
-        if problem.packed_q:
-            for view in (grads.dq, grads.dk, grads.dv):
-                _zero(view)
-        if not problem.batch:
-            return
-        # delta - dlse of every row, in the layout of lse.
-        delta = empty(problem.lse_shape, call.device)
-        if problem.seqlen_q:
-            _prepare(call, saved, delta, grads)
-        _gradients(call, saved, delta, grads)
-
-
-def restate(problem: Problem, lse: View, stats: View) -> None:
-    """Stats of rows whose lse is given."""
-    if not lse.size:
-        return
-    _, unit = _unit(problem)
-    heads, rows = lse.shape[-2:]
-    block = 256
-    with current(lse.device):
-        prepare.stats_of_lse[(_blocks(lse.size, block),)](
-            pointer(lse),
-            pointer(stats),
-            _lse_steps(problem, steps(lse)),
-            _stats_steps(problem, steps(stats)),
-            lse.size,
-            heads,
-            rows,
-            unit,
-            BLOCK=block,
-        )
-
-
-def _unit(problem: Problem) -> tuple[bool, float]:
+def unit(problem: Problem) -> tuple[bool, float]:
     """Whether products stay as they are, and by what a score is multiplied for exp2. The factor goes into the
     exponent only if it keeps the order."""
     identity = problem.program.score is None and problem.scale > 0
     return identity, _LOG2_E * (problem.scale if identity else 1.0)
-
-
-def _prepare(call: Call, saved: Saved, delta: Any, grads: Gradients) -> None:
-    problem, block = call.problem, 32
-    sinks = grads.dsinks is not None
-    blocks, entries = call.row_blocks(block)
-    partial = empty((blocks * problem.heads_q * entries if sinks else 0,), call.device)
-    wide, rest = schedule.split(problem.head_dim_v)
-    operands = call.operands
-    prepare.delta[(blocks * problem.heads_q * entries,)](
-        pointer(saved.out),
-        pointer(saved.dout),
-        pointer(saved.dlse) if saved.dlse is not None else None,
-        pointer(saved.stats),
-        delta,
-        partial,
-        pointer(operands.sinks) if operands.sinks is not None else None,
-        _optional(call.lengths[0]),
-        _rows(saved.out),
-        _rows(saved.dout),
-        _lse_steps(problem, steps(saved.dlse)) if saved.dlse is not None else (0, 0, 0),
-        _stats_steps(problem, steps(saved.stats)),
-        _lse_steps(problem, delta.stride()),
-        blocks,
-        problem.batch,
-        problem.heads_q,
-        call.extents[0],
-        call.unit,
-        DLSE=saved.dlse is not None,
-        SINKS=sinks,
-        PACKED=problem.packed_q,
-        DIM=problem.head_dim_v,
-        WIDE=wide,
-        REST=rest,
-        BLOCK=block,
-    )
-    if grads.dsinks is not None:
-        prepare.sum_sinks[(problem.heads_q,)](
-            partial,
-            pointer(grads.dsinks),
-            steps(grads.dsinks)[0],
-            blocks,
-            entries,
-            BLOCK=64,
-        )
-
-
-def _gradients(call: Call, saved: Saved, delta: Any, grads: Gradients) -> None:
-    problem, operands = call.problem, call.operands
-    arrays = [pointer(view) for view in (operands.q, operands.k, operands.v, saved.dout, saved.stats)]
-    arrays.append(delta)
-    layout = [_rows(view) for view in (operands.q, operands.k, operands.v, saved.dout)]
-    layout += [_stats_steps(problem, steps(saved.stats)), _lse_steps(problem, delta.stride())]
-    formulas = {"SCORE": call.functions.final_score, "SLOPE": call.functions.slope}
-    lengths = call.shared_arrays()[1:]
-    if problem.seqlen_k:
-        tiles = call.tiles("backward_dkv")
-        call.launch(
-            backward_kernels.backward_dkv,
-            call.key_blocks(tiles.block_n),
-            problem.heads_kv,
-            tiles,
-            [*arrays, pointer(grads.dk), pointer(grads.dv)],
-            [*lengths, *layout, _rows(grads.dk), _rows(grads.dv)],
-            formulas,
-        )
-    if problem.seqlen_q:
-        tiles = call.tiles("backward_dq")
-        call.launch(
-            backward_kernels.backward_dq,
-            call.row_blocks(tiles.block_m),
-            problem.heads_q,
-            tiles,
-            [*arrays, pointer(grads.dq)],
-            [*lengths, *layout, _rows(grads.dq)],
-            formulas,
-        )
-    if problem.seqlen_q and problem.seqlen_k:
-        for slot, view in enumerate(grads.tables):
-            if view is not None:
-                table_kernels.run(call, slot, view, arrays, layout)
 
 
 class Call:
@@ -203,7 +79,7 @@ class Call:
         self.functions: Functions = functions(
             program.score, program.mask, tuple(spec.dtype for spec in problem.tables)
         )
-        self.identity, self.unit = _unit(problem)
+        self.identity, self.unit = unit(problem)
         self.hides = self.functions.masked or not self.functions.identity
 
     def launch(
@@ -224,7 +100,7 @@ class Call:
         plain = odd is None
         odd = empty((programs,), self.device, "int32") if plain else odd
         constants = formulas | self.constants(tiles)
-        for careful in (False, True)[1 - plain : 1 + self.hides]:
+        for careful in (False, True) if plain and self.hides else (not plain,):
             kernel[(programs,)](
                 *arrays,
                 odd,
@@ -374,14 +250,3 @@ def fill_rows_of_no_sequence(call: Call, results: Results) -> None:
         WIDTH=max(16, 1 << (problem.head_dim_v - 1).bit_length()),
         BLOCK=16,
     )
-
-
-def _zero(view: View) -> None:
-    """Zeros into an array of at most four axes."""
-    missing = 4 - view.ndim
-    shape = (1,) * missing + tuple(view.shape)
-    if view.size:
-        block = 1024
-        prepare.zero[(_blocks(view.size, block),)](
-            pointer(view), (0,) * missing + steps(view), view.size, *shape[1:], BLOCK=block
-        )

@@ -50,13 +50,15 @@ def delta(
     if DLSE:
         place = entry * dlse_steps[0] + wide_head * dlse_steps[1] + token * dlse_steps[2]
         found -= tl.load(dlse + place, mask=there, other=0.0)
+    place = entry * stats_steps[1] + wide_head * stats_steps[2] + token * stats_steps[3]
+    m = tl.load(stats + place, mask=there, other=0.0)
+    log_sum = tl.load(stats + place + stats_steps[0], mask=there, other=0.0)
+    # A row that sees nothing has no gradient, whatever the one of its lse is.
+    found = tl.where((m == float("-inf")) | (log_sum == float("inf")), 0.0, found)
     place = entry * written_steps[0] + wide_head * written_steps[1] + token * written_steps[2]
     tl.store(written + place, found, mask=there)
     if SINKS:
         logit = tl.load(sinks + head).to(tl.float32) * (LOG2_E / unit)
-        place = entry * stats_steps[1] + wide_head * stats_steps[2] + token * stats_steps[3]
-        m = tl.load(stats + place, mask=there, other=0.0)
-        log_sum = tl.load(stats + place + stats_steps[0], mask=there, other=0.0)
         # A row without sink and keys has m = -inf.
         p_sink = tl.where(m == float("-inf"), 0.0, tl.exp2((logit - m) * unit - log_sum))
         share = tl.sum(tl.where(there & (p_sink != 0.0), -p_sink * found, 0.0), 0)
