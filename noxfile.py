@@ -62,6 +62,7 @@ _INTERPRETED = (
     "tests/gpu/test_interpreted_decode.py",
     "tests/gpu/test_interpreted_device.py",
     "tests/gpu/test_precision.py",
+    "tests/gpu/test_emulated_backward.py",
     "tests/gpu/test_emulated_hopper.py",
     "tests/gpu/test_emulated_mutations.py",
 )

@@ -101,6 +101,13 @@ class Hopper:
     def backward(
         self, problem: Problem, config: str, operands: Operands, saved: Saved, grads: Gradients
     ) -> None:
+        from anyflash.kernels.gluon import launch_backward
+
+        why = launch_backward.unfit(operands, saved, grads)
+        if why is None:
+            launch_backward.backward(problem, operands, saved, grads)
+            return
+        logger.info("backward on hopper: the portable kernels, as %s", why)
         PORTABLE.backward(problem, config, operands, saved, grads)
 
     def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:

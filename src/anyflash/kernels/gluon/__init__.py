@@ -10,6 +10,11 @@
     forward.py       out, lse, stats
     schedule.py      tiles, stages, consumers and registers by head_dim; shared memory, order of work
     launch.py        views to descriptors and launches
+    backward.py      dk and dv of a block of keys, and with REDUCE its part of dq
+    backward_dq.py   dq of a block of rows, in one order
+    finish.py        dq from float32 sums
+    rows.py          runs of row tiles of one class
+    schedule_backward.py, launch_backward.py    as their names say
 
 A kernel is one block of threads whose warpgroups have parts: a producer (one warp) moves tiles by TMA into
 rings, consumers multiply and never address global memory for q, k and v. Score programs and masks are device

@@ -23,9 +23,8 @@ in both, and always the same bits.
     shared      k and v BLOCK_N * (DIM + DIM_V), STAGES * BLOCK_M * (DIM + DIM_V) and 3 words a row of them,
                 with REDUCE ds BLOCK_N * BLOCK_M and BLOCK_M * DIM words of dq
 
-A pair that is hidden has p = 0 and adds 0 * (dp - delta), also in rows behind the last, whose delta is
-another's. Where that is not finite the sum is NaN: GUARD marks the 64 keys, for the careful launch of
-kernels/triton/backward.py to do again.
+A pair that is hidden has p = 0 and adds 0 * (dp - delta). Where dp is not finite that is NaN, and so is the
+sum: GUARD marks the 64 keys, for the careful launch of kernels/triton/backward.py to do again.
 
 A configuration may change BLOCK_M, STAGES, REDUCE and registers; the order of a sum follows BLOCK_M.
 """
@@ -68,7 +67,7 @@ def producer(
     q_tiles, m_rows, log_rows, q_full, q_empty = q_ring
     dout_tiles, delta_rows, dout_full, dout_empty = dout_ring
     batch, kv_head, members, group, q_start, q_len, k_start, k_len, first_k = item
-    entry_rows, head_rows, plane, dk_steps, dv_steps, first_odd = layout
+    row_steps, dk_steps, dv_steps, first_odd = layout
     corner = box(batch, kv_head, k_start, k_len, first_k, C.packed)
     barrier_expect(held.index(0), k.block_type.nbytes + v.block_type.nbytes)
     # (BLOCK_N, DIM), (BLOCK_N, DIM_V)
@@ -79,7 +78,8 @@ def producer(
     for member in range(members):
         head = kv_head * group + member
         at = (batch, head, q_len, k_len)
-        place = batch * entry_rows + head * head_rows + q_start
+        place = batch * row_steps[0] + head * row_steps[1] + q_start
+        delta_place = batch * row_steps[3] + head * row_steps[4] + q_start
         tile = tiles * 0
         while tile < tiles:
             kind, end = run_up(tile, tiles, first_k, at, tables, TILE_CLASS, C.masked, BLOCK_M, BLOCK_N)
@@ -94,13 +94,13 @@ def producer(
                 barrier_expect(full, q.block_type.nbytes + 2 * stats.block_type.nbytes)
                 # (BLOCK_M,), (BLOCK_M,), (BLOCK_M, DIM)
                 tma_load(stats, [place + row], full, m_rows.index(stage))
-                tma_load(stats, [plane + place + row], full, log_rows.index(stage))
+                tma_load(stats, [row_steps[2] + place + row], full, log_rows.index(stage))
                 tma_load(q, corner, full, q_tiles.index(stage))
                 barrier_wait(dout_empty.index(stage), free)
                 full = dout_full.index(stage)
                 barrier_expect(full, dout.block_type.nbytes + delta.block_type.nbytes)
                 # (BLOCK_M,), (BLOCK_M, DIM_V)
-                tma_load(delta, [place + row], full, delta_rows.index(stage))
+                tma_load(delta, [delta_place + row], full, delta_rows.index(stage))
                 tma_load(dout, corner, full, dout_tiles.index(stage))
                 n += 1
                 tile += 1
@@ -223,7 +223,7 @@ def consumer(
     q, k, v, dout, stats, delta, dq, dk_base, dv_base, odd = arrays
     k_tile, v_tile, held, q_ring, dout_ring, ds_tile, dq_tiles, exchange = shared
     batch, kv_head, members, group, q_start, q_len, k_start, k_len, first_k = item
-    entry_rows, head_rows, plane, dk_steps, dv_steps, first_odd = layout
+    row_steps, dk_steps, dv_steps, first_odd = layout
     BLOCK_M: gl.constexpr = q.block_type.shape[-2]
     BLOCK_N: gl.constexpr = k.block_type.shape[-2]
     WIDTH: gl.constexpr = k.block_type.shape[-1]
@@ -285,8 +285,8 @@ def store_rows(base, value, first, end, step, DIM: gl.constexpr):
 @gluon.jit
 def backward(
     q, k, v, dout, stats, delta, dq, dk, dv, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
-    dk_steps, dv_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, entry_rows, head_rows, plane,
-    odd_blocks, scale, unit,
+    dk_steps, dv_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, row_steps, odd_blocks,
+    scale, unit,
     SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
     C: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -294,8 +294,8 @@ def backward(
 
     q, k, v, dout are descriptors of boxes; stats and delta of BLOCK_M elements of flat arrays; dq, with
     REDUCE, of a box of half the columns in a float32 array of zeros. Steps are in elements, (first, token,
-    head), where first is a batch entry or, packed, a token. stats and delta lie row by row, `entry_rows` and
-    `head_rows` apart; log2 l lies `plane` behind m. `odd`, with GUARD, is zeros.
+    head), where first is a batch entry or, packed, a token. row_steps: of stats (batch entry, head, plane),
+    of delta (batch entry, head); delta is 0 behind the rows of a sequence. `odd`, with GUARD, is zeros.
     """
     BLOCK_M: gl.constexpr = q.block_type.shape[-2]
     BLOCK_N: gl.constexpr = k.block_type.shape[-2]
@@ -318,7 +318,7 @@ def backward(
     first_odd = (batch * heads_kv + kv_head) * odd_blocks
     if C.packed:
         first_odd = kv_head * odd_blocks + k_start // 64 + batch
-    layout = (entry_rows, head_rows, plane, dk_steps, dv_steps, first_odd)
+    layout = (row_steps, dk_steps, dv_steps, first_odd)
     k_tile = gl.allocate_shared_memory(k.dtype, k.block_type.shape, k.layout)
     v_tile = gl.allocate_shared_memory(v.dtype, v.block_type.shape, v.layout)
     q_tiles = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)

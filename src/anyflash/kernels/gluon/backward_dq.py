@@ -165,8 +165,8 @@ def consumer(
 @gluon.jit
 def backward_dq(
     q, k, v, dout, stats, delta, dq, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
-    dq_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, entry_rows, head_rows, plane,
-    odd_blocks, scale, unit,
+    dq_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, row_steps, odd_blocks,
+    scale, unit,
     SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
     C: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -184,7 +184,8 @@ def backward_dq(
     )
     at = (batch, head, q_len, k_len)
     item = (block * BLOCK_M, q_start, k_start, group, at)
-    place = batch * entry_rows + head * head_rows + q_start
+    place = batch * row_steps[0] + head * row_steps[1] + q_start
+    delta_place = batch * row_steps[3] + head * row_steps[4] + q_start
     first_token, wide_head = batch.to(gl.int64), head.to(gl.int64)
     # Flags are numbered as programs of the careful launch, which have 64 rows and begin with the last.
     first_odd = (batch * heads + head) * odd_blocks + odd_blocks - 1
@@ -202,8 +203,8 @@ def backward_dq(
     k_ring = make_ring(k, STAGES, 2)
     v_ring = make_ring(v, STAGES, 2)
     shared = (q_tiles, dout_tiles, held, k_ring, v_ring)
-    arrays = (q, k, v, dout, stats + place, delta + place, dq, odd)
-    layout = (plane, dq_steps[1])
+    arrays = (q, k, v, dout, stats + place, delta + delta_place, dq, odd)
+    layout = (row_steps[2], dq_steps[1])
     numbers = (scale, unit)
     gl.warp_specialize([
         (consumer, (shared, arrays, item, layout, tables, numbers, C, 0, SCORE, SLOPE, ALLOWED, TILE_CLASS)),

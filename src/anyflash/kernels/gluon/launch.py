@@ -32,7 +32,7 @@ _LARGEST_STEP = 2**39
 def unfit(problem: Problem, operands: Operands, results: Results) -> str | None:
     """Why the arrays of a call cannot be moved by TMA, or None."""
     for name, view in (("q", operands.q), ("k", operands.k), ("v", operands.v), ("out", results.out)):
-        if why := _unfit(view):
+        if why := cannot_move(view):
             return f"{name} {why}"
     for name, view in (("lse", results.lse), ("stats", results.stats)):
         if view.strides != contiguous_strides(view.shape, view.itemsize):
@@ -40,7 +40,8 @@ def unfit(problem: Problem, operands: Operands, results: Results) -> str | None:
     return None
 
 
-def _unfit(view: View) -> str | None:
+def cannot_move(view: View) -> str | None:
+    """Why TMA cannot move tiles of one array, or None."""
     assert view.ptr is not None
     if not view.size:
         return "is empty"
@@ -98,7 +99,7 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
             C=schedule.Form(
                 identity=call.identity,
                 masked=found.masked,
-                wide=not _reads_tables(program.mask),
+                wide=not reads_tables(program.mask),
                 sinks=program.sinks,
                 guard=call.hides,
                 packed=packed,
@@ -121,8 +122,9 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
     kernel[(programs,)](*arguments, **constants)
 
 
-def rows(view: View, extent: int) -> Any:
-    """A descriptor of boxes of `extent` rows of a head, as sequences.py names their coordinates."""
+def rows(view: View, extent: int, columns: int | None = None) -> Any:
+    """A descriptor of boxes of `extent` rows of a head, as sequences.py names their coordinates, and of all
+    their columns or so many."""
     size = view.itemsize
     # An axis of extent 1 has any step; TMA wants a valid one.
     *axes, dim = [
@@ -137,8 +139,13 @@ def rows(view: View, extent: int) -> Any:
         batch, token, head = axes
         shape = (batch[0], head[0], token[0], dim[0])
         strides = (batch[1], head[1], token[1], 1)
-    block = (1,) * (len(shape) - 2) + (extent, schedule.padded(dim[0]))
+    block = (1,) * (len(shape) - 2) + (extent, columns or schedule.padded(dim[0]))
     return descriptor(view, shape, strides, block)
+
+
+def elements(view: View, extent: int) -> Any:
+    """A descriptor of `extent` neighbours of a contiguous array, taken as one row."""
+    return descriptor(view, (view.size,), (1,), (extent,))
 
 
 def descriptor(
@@ -179,7 +186,9 @@ def _section(problem: Problem, planes: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _reads_tables(text: str | None) -> bool:
+def reads_tables(text: str | None) -> bool:
+    """Does a mask read tables?"""
+
     def reads(e: Expr) -> bool:
         return e.op == "load" or any(reads(a) for a in e.args)
 

@@ -1,11 +1,30 @@
 """The backward's tiles, stages and registers by head_dim, and the shared memory that they take.
 
-What bounds a choice stands in backward.py and backward_dq.py. None is tuned on a device yet.
+What bounds a choice stands in backward.py and backward_dq.py. Two consumers get 240 registers a thread and
+the producer 24. None is tuned on a device yet.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from anyflash.kernels.gluon.schedule import padded
+
+# Keys of a program of backward.py, rows of one of backward_dq.py: 64 for each of two consumers.
+HELD = 128
+# The greatest head dims of backward.py: dk and dv of wider ones do not fit a consumer's registers.
+GREATEST_KEYS_DIM = 128
+_REGISTERS = (240, 24)
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardTiles:
+    """One configuration: the rows (backward.py) or keys (backward_dq.py) of the tiles that move."""
+
+    moving: int
+    stages: int
+    consumer_registers: int = _REGISTERS[0]
+    producer_registers: int = _REGISTERS[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +51,28 @@ class BackwardForm:
     stages: int
     consumer_registers: int
     producer_registers: int
+
+
+def keys_tiles(dim: int, dim_v: int) -> BackwardTiles | None:
+    """The configuration of backward.py, None if it has none for these head dims."""
+    return BackwardTiles(64, 2) if max(dim, dim_v) <= GREATEST_KEYS_DIM else None
+
+
+def rows_tiles(dim: int, dim_v: int) -> BackwardTiles:
+    """The configuration of backward_dq.py."""
+    return BackwardTiles(128 if max(dim, dim_v) <= GREATEST_KEYS_DIM else 32, 2)
+
+
+def keys_shared_bytes(tiles: BackwardTiles, dim: int, dim_v: int, reduce: bool) -> int:
+    """Bytes of shared memory of backward.py, barriers in 16 bytes each."""
+    width, width_v = padded(dim), padded(dim_v)
+    held = 2 * HELD * (width + width_v)
+    moving = tiles.stages * tiles.moving * (2 * (width + width_v) + 3 * 4)
+    added = tiles.moving * (2 * HELD + 4 * width) if reduce else 0
+    return held + moving + added + 16 * (3 + 4 * tiles.stages)
+
+
+def rows_shared_bytes(tiles: BackwardTiles, dim: int, dim_v: int) -> int:
+    """Bytes of shared memory of backward_dq.py, barriers in 16 bytes each."""
+    tokens = HELD + tiles.stages * tiles.moving
+    return 2 * tokens * (padded(dim) + padded(dim_v)) + 16 * (2 + 4 * tiles.stages)
