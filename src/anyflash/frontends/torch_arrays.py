@@ -76,7 +76,7 @@ def empty(shape: tuple[int, ...], dtype: str, like: Tensor) -> tuple[Tensor, Vie
 
 def integers(values: NDArray[np.int32], like: Tensor) -> Tensor:
     """A new tensor of these values on the device of `like`, which the host does not wait for."""
-    made = torch.from_numpy(values.copy())
+    made = torch.tensor(values)
     if like.device.type != "cuda":
         return made.to(like.device)
     # From pinned memory the copy is queued; torch keeps that memory until it is done.
