@@ -124,6 +124,10 @@ class Call:
         self.rotary = None
         if form.pairs:
             angles = [array(rng, (POSITIONS, form.pairs), form.angles, Layout(), False) for _ in range(2)]
+            # Position 0 does not turn.
+            angles[0].array[0], angles[1].array[0] = 1, 0
+            for made in angles:
+                made.seal()
             self.rotary = Rotary(angles[0].view, angles[1].view, form.interleaved)
 
     def _positions(self, rng: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -188,23 +192,27 @@ def test_read_lengths_go_to_the_kernel_too(form: Form) -> None:
 
 
 FAR = 2**31 - 1
-WRONG: dict[str, tuple[str, dict[str, Any]]] = {
-    "beyond the capacity": ("decode", {"seqlens": np.array([48, 10**6, FAR, 47])}),
+# A form, its integers, and how many slots are then written; None: two sequences may claim one slot.
+WRONG: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    "beyond the capacity": ("decode", {"seqlens": np.array([48, 10**6, FAR, 47])}, 1),
     "negative": (
         "plain",
         {"seqlens": np.array([-1, -(2**31), 3, 0]), "leftpad": np.array([-5, 9, FAR, -FAR])},
+        8,
     ),
-    "no such page": ("decode", {"block_table": np.full((4, 3), 15) + np.arange(4)[:, None] * 10**8}),
-    "pages below 0": ("bfloat16", {"block_table": np.full((4, 15), -(2**40))}),
-    "no such entry": ("chosen", {"batch_idx": np.array([7, -1, 2**50, -(2**50)])}),
+    "no such page": ("decode", {"block_table": np.full((4, 3), 14) + np.arange(4)[:, None] * 10**8}, 1),
+    "pages below 0": ("bfloat16", {"block_table": np.full((4, 15), -(2**40))}, 0),
+    "no such entry": ("chosen", {"batch_idx": np.array([7, -1, 2**50, -(2**50)])}, 0),
     "descending": (
         "bfloat16 packed",
         {"cu_seqlens_k": np.array([9, 3, FAR, -4, 2]), "cu_seqlens_q": np.array([FAR, -1, 5, 2, 40])},
+        None,
     ),
-    "positions": ("positions", {"rotary_positions": np.array([[-1, 70, FAR]] * 4)}),
+    "positions": ("positions", {"rotary_positions": np.array([[-1, 70, FAR]] * 4)}, 12),
     "positions and lengths": (
         "packed positions",
         {"cu_seqlens_q": np.array([0, 7, 7, 7, 7]), "rotary_positions": np.full(19, -(2**60))},
+        16,
     ),
 }
 
@@ -212,13 +220,20 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_integers_lead_nowhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addressing, "readable", lambda view: False)
-    id_, integers = WRONG[name]
+    id_, integers, written = WRONG[name]
     call = Call(next(form for form in FORMS if form.id == id_), **integers)
+    before = [bits(made.array).copy() for made in call.cache]
     _, found, turned = run(call, kernel)
     assert call.damages() == []
     for made in (*call.cache, *(() if turned is None else (turned,))):
         # What lies around an array is NaN: had it been read, it would be here.
         assert np.isfinite(made.array.astype(np.float32)).all()
+    for made, old in zip(call.cache, before, strict=True):
+        changed = (bits(made.array) != old).any((2, 3))
+        assert written is None or changed.sum() == written
+    if name == "positions and lengths" and turned is not None:
+        # All are held at 0, where nothing turns; a number from beside the array would turn.
+        np.testing.assert_array_equal(turned.array, call.q.array)
     assert found.seqused_k is not None
     counts = as_numpy(found.seqused_k)
     assert (counts >= 0).all()

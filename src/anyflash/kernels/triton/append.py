@@ -196,13 +196,11 @@ def turn_queries(
         known = there
         at = entry * position_steps[0] + token * position_steps[1]
         if NEW:
-            if cu_seqlens_k is None:
-                last = tl.minimum(tl.maximum(last, 0), each_new - 1)
-            else:
-                last += held(cu_seqlens_k, entry, total_new)
-                last = tl.minimum(tl.maximum(last, 0), total_new - 1)
-            at = entry * position_steps[0] + last * position_steps[1]
+            # Before the first new key of the sequence there is none; the last one is never passed.
             known = there & (last >= 0)
+            if cu_seqlens_k is not None:
+                last += held(cu_seqlens_k, entry, total_new)
+            at = entry * position_steps[0] + last * position_steps[1]
         position = tl.load(positions + at, mask=known, other=0).to(tl.int64)
     base = q + head * q_steps[2]
     # (BLOCK, DIM)
