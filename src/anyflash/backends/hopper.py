@@ -17,6 +17,7 @@ from anyflash.core.device import Device
 from anyflash.core.log import logger
 from anyflash.core.view import View
 from anyflash.kernels.triton.schedule import DECODE_KEYS, ROWS
+from anyflash.semantics.cache import CacheCall
 from anyflash.semantics.limits import integers_too_wide
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
 from anyflash.semantics.problem import Problem
@@ -109,6 +110,9 @@ class Hopper:
             return
         logger.info("backward on hopper: the portable kernels, as %s", why)
         PORTABLE.backward(problem, config, operands, saved, grads)
+
+    def append(self, problem: Problem, config: str, call: CacheCall, turned: View | None) -> Operands:
+        return PORTABLE.append(problem, config, call, turned)
 
     def restate(self, problem: Problem, config: str, lse: View, stats: View) -> None:
         PORTABLE.restate(problem, config, lse, stats)
