@@ -51,6 +51,7 @@ CASES = (
     Case("odd_dims", lens=(70, 140), dims=(96, 80), batch=1),
     Case("other_dims", lens=(70, 140), dims=(64, 128), batch=1),
     Case("negative_scale", lens=(70, 140), dims=(64, 64), scale=-0.3, batch=1),
+    Case("large", lens=(70, 140), dims=(64, 64), data="large", batch=1),
     Case("packed", packed=LENGTHS, dims=(64, 64), heads=(2, 1)),
     Case("packed_causal", packed=LENGTHS, dims=(128, 128), heads=(1, 1), rules=(Causal(),)),
     Case("packed_window", packed=SPARE, dims=(64, 64), heads=(1, 1), rules=(Window(60, 2),)),
