@@ -29,23 +29,23 @@ def keep(partial, acc_wide, acc_rest, m, l, there,
 
 @triton.jit
 def kept_acc(partial, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr,
-             BLOCK_M: tl.constexpr):  # fmt: skip
-    """(BLOCK_M, WIDTH): a segment's columns from FIRST, past the first-level cache."""
-    r = tl.arange(0, BLOCK_M)
-    at = partial + 2 * BLOCK_M + (r[:, None] * ALL + FIRST + tl.arange(0, WIDTH)[None, :])
-    return tl.load(at, mask=there[:, None], other=0.0, cache_modifier=".cg")
+             CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """(CHUNK, BLOCK_M, WIDTH): columns from FIRST of some segments, past the first-level cache."""
+    i, r, columns = tl.arange(0, CHUNK), tl.arange(0, BLOCK_M), FIRST + tl.arange(0, WIDTH)
+    places = i[:, None, None] * SIZE + r[None, :, None] * ALL + columns[None, None, :]
+    return tl.load(partial + 2 * BLOCK_M + places, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def add_up(partial, segments, there, unit, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
            WIDE_V: tl.constexpr, REST_V: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """acc in two pieces, m and l of all segments; the loads of CHUNK of them are under way at once."""
+    """acc in two pieces, m and l of all segments."""
     r = tl.arange(0, BLOCK_M)
-    i = tl.arange(0, SEGMENTS)
+    every = tl.arange(0, SEGMENTS)
     # (SEGMENTS, BLOCK_M)
-    known = (i < segments)[:, None] & there[None, :]
+    known = (every < segments)[:, None] & there[None, :]
     every_m = tl.load(
-        partial + (i[:, None] * SIZE + r[None, :]), mask=known, other=float("-inf"), cache_modifier=".cg"
+        partial + (every[:, None] * SIZE + r[None, :]), mask=known, other=float("-inf"), cache_modifier=".cg"
     )
     m = tl.max(every_m, 0)
     base = tl.where(m == float("-inf"), 0.0, m)
@@ -55,19 +55,22 @@ def add_up(partial, segments, there, unit, SEGMENTS: tl.constexpr, CHUNK: tl.con
         acc_rest = tl.zeros([BLOCK_M, REST_V], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, segments, CHUNK):
-        for j in tl.static_range(CHUNK):
-            number = first + j
-            mine = there & (r * 0 + number < segments)
-            own = partial + number * SIZE
-            m_i = tl.load(own + r, mask=mine, other=float("-inf"), cache_modifier=".cg")
-            l_i = tl.load(own + BLOCK_M + r, mask=mine, other=0.0, cache_modifier=".cg")
-            weight = tl.exp2((m_i - base) * unit)
-            l += l_i * weight
-            acc_wide += kept_acc(own, mine, 0, WIDE_V, WIDE_V + REST_V, BLOCK_M) * weight[:, None]
-            if REST_V > 0:
-                acc_rest += kept_acc(own, mine, WIDE_V, REST_V, WIDE_V + REST_V, BLOCK_M) * weight[:, None]
-            else:
-                acc_rest = acc_wide
+        own = partial + first * SIZE
+        i = tl.arange(0, CHUNK)
+        mine = (first + i < segments)[:, None] & there[None, :]
+        # (CHUNK, BLOCK_M), and with the widths of both pieces behind
+        at = own + (i[:, None] * SIZE + r[None, :])
+        m_i = tl.load(at, mask=mine, other=float("-inf"), cache_modifier=".cg")
+        l_i = tl.load(at + BLOCK_M, mask=mine, other=0.0, cache_modifier=".cg")
+        wide_i = kept_acc(own, mine, 0, WIDE_V, WIDE_V + REST_V, CHUNK, SIZE, BLOCK_M)
+        weight = tl.exp2((m_i - base[None, :]) * unit)
+        l += tl.sum(l_i * weight, 0)
+        acc_wide += tl.sum(wide_i * weight[:, :, None], 0)
+        if REST_V > 0:
+            rest_i = kept_acc(own, mine, WIDE_V, REST_V, WIDE_V + REST_V, CHUNK, SIZE, BLOCK_M)
+            acc_rest += tl.sum(rest_i * weight[:, :, None], 0)
+        else:
+            acc_rest = acc_wide
     return acc_wide, acc_rest, m, l
 
 
