@@ -78,15 +78,20 @@ class Triton:
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
         from anyflash.core.dtypes import ITEMSIZE
-        from anyflash.kernels.triton import schedule
+        from anyflash.kernels.triton import launch_decode, schedule
         from anyflash.kernels.triton.device import present
         from anyflash.kernels.triton.precision import float32_products
 
         arch, size = present(), ITEMSIZE[problem.dtype]
         found: dict[str, Any] = {"device": arch}
-        for part in schedule.PARTS:
-            tiles = schedule.tiles(part, arch, problem.head_dim, problem.head_dim_v, size)
-            found[part] = f"{tiles.block_m} x {tiles.block_n}, {tiles.warps} warps, {tiles.stages} stages"
+        dims = problem.head_dim, problem.head_dim_v
+        few = tuple(launch_decode.kinds(problem)) if launch_decode.serves(problem) else ()
+        for part in () if problem.addressing == "paged" else schedule.PARTS:
+            if part != "forward" or not few:
+                found[part] = str(schedule.tiles(part, arch, *dims, size))
+        for rows in few:
+            tiles, cut = schedule.decode_tiles(rows, arch, *dims, size), schedule.cut(rows, arch)
+            found[f"forward, {rows} rows"] = f"{tiles}, {cut}"
         if problem.dtype == "float32":
             found["float32 products"] = "{}, {}".format(*float32_products(arch))
         return found

@@ -9,6 +9,7 @@ allow, in which the sequences of the others have nothing to do.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from anyflash.kernels.triton import decode as kernels
 from anyflash.kernels.triton import schedule
@@ -28,9 +29,11 @@ from anyflash.semantics.operands import Operands, Results
 from anyflash.semantics.problem import Problem
 from anyflash.semantics.text import parse
 
-# Words of acc of other segments that a thread may hold while it adds them up.
-_HELD = 96
+# Words of acc of other segments that a thread may hold while it adds them up, and segments at once.
+_HELD, _AT_ONCE = 64, 8
 _THREADS_A_WARP = 32
+# Of one query this hides nothing: it stands at the last key.
+_CAUSAL = "(le k q)"
 
 
 def serves(problem: Problem) -> bool:
@@ -49,16 +52,18 @@ def serves(problem: Problem) -> bool:
 
 
 def forward(problem: Problem, operands: Operands, results: Results) -> None:
+    if problem.seqlen_q == 1 and problem.program.mask == _CAUSAL:
+        problem = replace(problem, program=replace(problem.program, mask=None))
     call = Call(problem, operands)
     with current(call.device):
         if problem.packed_q:
             fill_rows_of_no_sequence(call, results)
         if problem.batch and problem.seqlen_q:
-            for rows in _kinds(problem):
+            for rows in kinds(problem):
                 _launch(call, rows, results)
 
 
-def _kinds(problem: Problem) -> Iterator[schedule.Rows]:
+def kinds(problem: Problem) -> Iterator[schedule.Rows]:
     """What numbers of rows a sequence can have here; one without rows needs no launch."""
     greatest = problem.seqlen_q * problem.group
     least = problem.group if problem.packed_q else greatest
@@ -84,7 +89,8 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     constants = call.constants(tiles)
     programs = blocks * problem.heads_kv * entries
     size = tiles.block_m * (2 + constants["WIDE_V"] + constants["REST_V"])
-    acc = size // (_THREADS_A_WARP * tiles.warps)
+    fit = _HELD * _THREADS_A_WARP * tiles.warps // size
+    chunk = min(_AT_ONCE, 1 << max(fit.bit_length() - 1, 0))
     # A block that must be mended goes through the workspace, too.
     kept = programs if split and (parts > 1 or call.hides) else 0
     table = operands.block_table
@@ -147,7 +153,7 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         STAGES=tiles.stages,
         SEGMENTS=cut.segments,
         LEAST=least,
-        CHUNK=max(1, min(8, _HELD // acc)),
+        CHUNK=chunk,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -23,6 +23,9 @@ class Tiles:
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        return f"{self.block_m} x {self.block_n}, {self.warps} warps, {self.stages} stages"
+
 
 # Bytes of shared memory that one block of threads may have.
 SHARED_BYTES = {
@@ -76,6 +79,9 @@ class Cut:
 
     segments: int
     keys: int
+
+    def __str__(self) -> str:
+        return f"at most {self.segments} segments of {self.keys} keys or more"
 
 
 _CUTS: dict[Rows, Cut] = {"few": Cut(32, 256), "some": Cut(16, 512), "many": Cut(1, 1)}
