@@ -85,7 +85,7 @@ def decode(
     blocks, parts, entries, heads, group, seqlen_q, seqlen_k, total_q, capacity, num_pages,
     least_rows, most_rows, scale, unit,
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr,
-    MASK: tl.constexpr, HEADED: tl.constexpr, TRIM: tl.constexpr, HIDES: tl.constexpr,
+    MASK: tl.constexpr, RUNS: tl.constexpr, TRIM: tl.constexpr, HIDES: tl.constexpr,
     SINKS: tl.constexpr, PACKED: tl.constexpr, SEARCH: tl.constexpr, USED: tl.constexpr, PADDED: tl.constexpr,
     PAGE: tl.constexpr, GATHER: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
@@ -147,7 +147,7 @@ def decode(
             numbers = (scale, unit)
             acc_wide, acc_rest, m, l = over_keys(
                 queries, rows, first_tile, end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables,
-                at, numbers, SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, HEADED, SPLIT, False, PAGE, GATHER,
+                at, numbers, SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, SPLIT, False, PAGE, GATHER,
                 PRECISION, DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
             places = (
@@ -178,7 +178,7 @@ def decode(
                                 own + 2 * BLOCK_M, whole(tl.arange(0, BLOCK_M)) * (WIDE_V + REST_V), 1,
                                 tl.full([BLOCK_M], 1.0, tl.float32), queries, rows, first_tile, end_tile,
                                 tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
-                                SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, HEADED, PAGE, GATHER, PRECISION,
+                                SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION,
                                 DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N,
                             )  # fmt: skip
                     tl.debug_barrier()
@@ -197,6 +197,6 @@ def decode(
                     mend(
                         out, places[0], out_steps[3], tl.where(l == 0.0, 1.0, l), queries, rows, first_tile,
                         end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
-                        SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, HEADED, PAGE, GATHER, PRECISION,
+                        SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION,
                         DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N,
                     )  # fmt: skip

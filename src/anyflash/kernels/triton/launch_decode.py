@@ -101,6 +101,7 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     leftpad = None if operands.leftpad_k is None else neighbours(operands.leftpad_k)
     mask = parse(problem.program.mask or "true")
     headed = problem.group > 1 and _reads(mask, "head")
+    trim = constants["MASK"] and not headed and not _loads_along_keys(mask)
     kernels.decode[(programs * parts,)](
         *[pointer(view) for view in (operands.q, operands.k, operands.v)],
         *[pointer(view) for view in (results.out, results.lse, results.stats)],
@@ -135,8 +136,9 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         TILE_CLASS=constants["TILE_CLASS"],
         IDENTITY=constants["IDENTITY"],
         MASK=constants["MASK"],
-        HEADED=headed,
-        TRIM=constants["MASK"] and not headed and not _loads_along_keys(mask),
+        TRIM=trim,
+        # A walk without runs keeps a third of the registers free. Many rows gain more from full tiles.
+        RUNS=constants["MASK"] and not headed and not (split and trim and _is_interval(mask)),
         HIDES=call.hides,
         SINKS=problem.program.sinks,
         PACKED=problem.packed_q,
@@ -168,3 +170,16 @@ def _loads_along_keys(expr: Expr) -> bool:
     if expr.op == "load" and any(_reads(index, "k") for index in expr.args):
         return True
     return any(_loads_along_keys(a) for a in expr.args)
+
+
+def _is_interval(mask: Expr) -> bool:
+    """Does every row see keys from one to another? Then no tile between those is worth being skipped."""
+    if mask.op == "and":
+        return all(_is_interval(a) for a in mask.args)
+    return mask.op in ("le", "lt") and all(_is_linear(a) for a in mask.args)
+
+
+def _is_linear(expr: Expr) -> bool:
+    return expr.op in ("var", "const") or (
+        expr.op in ("add", "sub", "neg") and all(_is_linear(a) for a in expr.args)
+    )

@@ -56,17 +56,18 @@ def reach(tiles, tokens, at, tables, TILE_CLASS: tl.constexpr,
 
 @triton.jit
 def run_of(tile, end, tokens, at, tables, TILE_CLASS: tl.constexpr, MASK: tl.constexpr,
-           HEADED: tl.constexpr, EDGED: tl.constexpr,
+           RUNS: tl.constexpr, EDGED: tl.constexpr,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """The class of tile `tile`, and the end of the run of tiles of that class.
 
-    HEADED: the mask depends on the head, of which a tile has several, so no class holds for all of it. EDGED:
-    full tiles are walked as partial ones.
+    Tiles are classed by the mask with RUNS alone. Without, all are partial if there is a mask: no class holds
+    for all of a tile whose heads have masks of their own, and between the ends of what an interval of keys
+    leaves nothing is empty. EDGED: full tiles are walked as partial ones.
     """
     whole_tiles = at[3] // BLOCK_N
     if EDGED:
         whole_tiles = whole_tiles * 0
-    if MASK and not HEADED:
+    if RUNS:
         kind = class_at(tile, tokens, at, tables, TILE_CLASS, BLOCK_M, BLOCK_N)
         kind = tl.minimum(kind, tl.where(tile < whole_tiles, 2, 1))
         stop = tile + 1
@@ -141,7 +142,7 @@ def attend(
 def over_keys(
     queries, rows, first_tile, end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr,
-    MASK: tl.constexpr, HEADED: tl.constexpr, EDGED: tl.constexpr, CAREFUL: tl.constexpr,
+    MASK: tl.constexpr, RUNS: tl.constexpr, EDGED: tl.constexpr, CAREFUL: tl.constexpr,
     PAGE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
@@ -160,7 +161,7 @@ def over_keys(
     tile = first_tile
     while tile < end_tile:
         kind, stop = run_of(
-            tile, end_tile, tokens, at, tables, TILE_CLASS, MASK, HEADED, EDGED, BLOCK_M, BLOCK_N
+            tile, end_tile, tokens, at, tables, TILE_CLASS, MASK, RUNS, EDGED, BLOCK_M, BLOCK_N
         )
         if kind == 1:
             acc_wide, acc_rest, m, l = attend(
@@ -184,14 +185,14 @@ def mend_columns(
     target, places, dim_step, column, total, queries, rows, first_tile, end_tile, tokens, logit, k, v, cache,
     k_steps, v_steps, tables, at, numbers,
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr,
-    MASK: tl.constexpr, HEADED: tl.constexpr, PAGE: tl.constexpr, GATHER: tl.constexpr,
+    MASK: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, GATHER: tl.constexpr,
     PRECISION: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MENDED: tl.constexpr,
 ):  # fmt: skip
     """DIM_V columns of the sums, from `column` on, at most MENDED."""
     acc, _, _, _ = over_keys(
         queries, rows, first_tile, end_tile, tokens, logit, k, v + whole(column) * v_steps[3], cache,
-        k_steps, v_steps, tables, at, numbers, SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, HEADED, True, True,
+        k_steps, v_steps, tables, at, numbers, SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, True, True,
         PAGE, GATHER, PRECISION, DIM, WIDE, REST, DIM_V, MENDED, 0, BLOCK_M, BLOCK_N, 1,
     )  # fmt: skip
     there = tl.reshape(rows[2], [BLOCK_M])
@@ -204,7 +205,7 @@ def mend(
     target, places, dim_step, total, queries, rows, first_tile, end_tile, tokens, logit, k, v, cache,
     k_steps, v_steps, tables, at, numbers,
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr,
-    MASK: tl.constexpr, HEADED: tl.constexpr, PAGE: tl.constexpr, GATHER: tl.constexpr,
+    MASK: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, GATHER: tl.constexpr,
     PRECISION: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MENDED: tl.constexpr = 16,
 ):  # fmt: skip
@@ -220,13 +221,13 @@ def mend(
         mend_columns(
             target, places, dim_step, none + part * MENDED, total, queries, rows, first_tile, end_tile,
             tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
-            SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, HEADED, PAGE, GATHER, PRECISION, DIM, WIDE, REST,
+            SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION, DIM, WIDE, REST,
             MENDED, BLOCK_M, BLOCK_N, MENDED,
         )  # fmt: skip
     if DIM_V % MENDED > 0:
         mend_columns(
             target, places, dim_step, none + DIM_V // MENDED * MENDED, total, queries, rows, first_tile,
             end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
-            SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, HEADED, PAGE, GATHER, PRECISION, DIM, WIDE, REST,
+            SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION, DIM, WIDE, REST,
             DIM_V % MENDED, BLOCK_M, BLOCK_N, MENDED,
         )  # fmt: skip
