@@ -59,6 +59,12 @@ class Made:
 
 
 def compiled(kernel: Any, arch: str, *arguments: Any, **constants: Any) -> Made:
+    made = binary(kernel, arch, *arguments, **constants)
+    return _of_amd(made) if TARGETS[arch].backend == "hip" else _of_nvidia(made)
+
+
+def binary(kernel: Any, arch: str, *arguments: Any, **constants: Any) -> Any:
+    """Triton's compiled kernel; `asm` has every stage of it."""
     target = TARGETS[arch]
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -67,8 +73,7 @@ def compiled(kernel: Any, arch: str, *arguments: Any, **constants: Any) -> Made:
         backend, constants, bound, specialization, options
     )
     source = ASTSource(kernel, signature, constexprs, attributes)
-    made = triton.compile(source, target=target, options=options.__dict__)
-    return _of_amd(made) if target.backend == "hip" else _of_nvidia(made)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
 def _of_nvidia(made: Any) -> Made:

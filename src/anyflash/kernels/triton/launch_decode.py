@@ -29,9 +29,6 @@ from anyflash.semantics.operands import Operands, Results
 from anyflash.semantics.problem import Problem
 from anyflash.semantics.text import parse
 
-# Words of acc of other segments that a thread may hold while it adds them up, and segments at once.
-_HELD, _AT_ONCE = 64, 8
-_THREADS_A_WARP = 32
 # Of one query this hides nothing: it stands at the last key.
 _CAUSAL = "(le k q)"
 
@@ -75,37 +72,34 @@ def kinds(problem: Problem) -> Iterator[schedule.Rows]:
 def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     problem, operands = call.problem, call.operands
     arch = architecture(call.device)
-    tiles = schedule.decode_tiles(rows, arch, problem.head_dim, problem.head_dim_v, operands.q.itemsize)
-    cut, (below, most) = schedule.cut(rows, arch), schedule.ROWS[rows]
-    split = cut.segments > 1
-    blocks, entries = _blocks(min(problem.seqlen_q * problem.group, most), tiles.block_m), problem.batch
+    chosen = schedule.decode_constants(rows, arch, problem.head_dim, problem.head_dim_v, operands.q.itemsize)
+    block_m, split = chosen["BLOCK_M"], bool(chosen["SPLIT"])
+    below, most = schedule.ROWS[rows]
+    blocks, entries = _blocks(min(problem.seqlen_q * problem.group, most), block_m), problem.batch
     # Blocks of all sequences together: each has at most one more than its rows fill.
-    together = problem.total_q * problem.group // tiles.block_m + problem.batch
+    together = problem.total_q * problem.group // block_m + problem.batch
     search = problem.packed_q and together < blocks * entries
     if search:
         blocks, entries = together, 1
-    least = max(cut.keys // tiles.block_n, 1)
-    parts = min(cut.segments, max(_blocks(_blocks(problem.seqlen_k, tiles.block_n), least), 1))
-    constants = call.constants(tiles)
+    most_segments = _blocks(_blocks(problem.seqlen_k, chosen["BLOCK_N"]), chosen["LEAST"])
+    parts = min(chosen["SEGMENTS"], max(most_segments, 1))
     programs = blocks * problem.heads_kv * entries
-    size = tiles.block_m * (2 + constants["WIDE_V"] + constants["REST_V"])
-    fit = _HELD * _THREADS_A_WARP * tiles.warps // size
-    chunk = min(_AT_ONCE, 1 << max(fit.bit_length() - 1, 0))
     # A block that must be mended goes through the workspace, too.
     kept = programs if split and (parts > 1 or call.hides) else 0
     table = operands.block_table
     page = 0 if table is None else problem.page_size
-    gather = page > 0 and (page % tiles.block_n != 0 or operands.leftpad_k is not None)
+    gather = page > 0 and (page % chosen["BLOCK_N"] != 0 or operands.leftpad_k is not None)
     capacity = problem.page_size if table is None else table.shape[1] * problem.page_size
     sinks, cu_seqlens_q, _, seqused_k, tables = call.shared_arrays()
     leftpad = None if operands.leftpad_k is None else neighbours(operands.leftpad_k)
     mask = parse(problem.program.mask or "true")
     headed = problem.group > 1 and _reads(mask, "head")
-    trim = constants["MASK"] and not headed and not _loads_along_keys(mask)
+    masked = call.functions.masked
+    trim = masked and not headed and not _loads_along_keys(mask)
     kernels.decode[(programs * parts,)](
         *[pointer(view) for view in (operands.q, operands.k, operands.v)],
         *[pointer(view) for view in (results.out, results.lse, results.stats)],
-        empty((kept * parts * size,), call.device),
+        empty((kept * parts * schedule.segment_words(chosen),), call.device),
         counters(kept, call.device) if split else None,
         sinks,
         cu_seqlens_q,
@@ -132,13 +126,13 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         float(problem.scale),
         call.unit,
         SCORE=call.functions.final_score,
-        ALLOWED=constants["ALLOWED"],
-        TILE_CLASS=constants["TILE_CLASS"],
-        IDENTITY=constants["IDENTITY"],
-        MASK=constants["MASK"],
+        ALLOWED=call.functions.allowed,
+        TILE_CLASS=call.functions.tile_class,
+        IDENTITY=call.identity,
+        MASK=masked,
         TRIM=trim,
         # A walk without runs keeps a third of the registers free. Many rows gain more from full tiles.
-        RUNS=constants["MASK"] and not headed and not (split and trim and _is_interval(mask)),
+        RUNS=masked and not headed and not (split and trim and _is_interval(mask)),
         HIDES=call.hides,
         SINKS=problem.program.sinks,
         PACKED=problem.packed_q,
@@ -147,17 +141,8 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         PADDED=operands.leftpad_k is not None,
         PAGE=page,
         GATHER=gather,
-        SPLIT=split,
-        PRECISION=constants["PRECISION"],
-        **{name: constants[name] for name in ("DIM", "WIDE", "REST", "DIM_V", "WIDE_V", "REST_V")},
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        STAGES=tiles.stages,
-        SEGMENTS=cut.segments,
-        LEAST=least,
-        CHUNK=chunk,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        PRECISION=call.precision(),
+        **chosen,
     )
 
 

@@ -86,6 +86,8 @@ class Cut:
 
 _CUTS: dict[Rows, Cut] = {"few": Cut(32, 256), "some": Cut(16, 512), "many": Cut(1, 1)}
 _INTERPRETED_CUTS: dict[Rows, Cut] = {"few": Cut(8, 64), "some": Cut(4, 64), "many": Cut(1, 1)}
+# Words of other segments' acc that a thread may hold while it adds them up, and segments at once.
+_HELD, _AT_ONCE, _THREADS_A_WARP = 64, 8, 32
 # A dense call of few or some rows is one over a cache from so many keys on.
 DECODE_KEYS = 1024
 _INTERPRETED_DECODE: dict[Rows, Tiles] = {
@@ -96,13 +98,13 @@ _INTERPRETED_DECODE: dict[Rows, Tiles] = {
 _DECODE_TABLES: dict[Rows, tuple[tuple[int, tuple[Tiles, ...]], ...]] = {
     "few": (
         (128, (Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 1), Tiles(16, 32, 4, 1))),
-        (256, (Tiles(16, 64, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1))),
-        (1024, (Tiles(16, 32, 4, 2), Tiles(16, 16, 4, 2), Tiles(16, 16, 4, 1))),
+        (256, (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1))),
+        (1024, (Tiles(16, 32, 8, 2), Tiles(16, 16, 4, 2), Tiles(16, 16, 4, 1))),
     ),
     "some": (
         (128, (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 1))),
-        (256, (Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1))),
-        (1024, (Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))),
+        (256, (Tiles(32, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1))),
+        (1024, (Tiles(32, 32, 8, 2), Tiles(16, 16, 4, 1))),
     ),
     "many": (
         (128, (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1))),
@@ -121,6 +123,36 @@ def decode_tiles(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int) -> 
     if arch == "interpreter":
         return _INTERPRETED_DECODE[rows]
     return _fitting(_DECODE_TABLES[rows], "forward", arch, dim, dim_v, itemsize)
+
+
+def decode_constants(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int) -> dict[str, int]:
+    """All constants of the kernel that follow from the device and the dims. CHUNK segments are added up at
+    once."""
+    chosen, shared_out = decode_tiles(rows, arch, dim, dim_v, itemsize), cut(rows, arch)
+    (wide, rest), (wide_v, rest_v) = split(dim), split(dim_v)
+    found = {
+        "DIM": dim,
+        "WIDE": wide,
+        "REST": rest,
+        "DIM_V": dim_v,
+        "WIDE_V": wide_v,
+        "REST_V": rest_v,
+        "BLOCK_M": chosen.block_m,
+        "BLOCK_N": chosen.block_n,
+        "STAGES": chosen.stages,
+        "SPLIT": shared_out.segments > 1,
+        "SEGMENTS": shared_out.segments,
+        "LEAST": max(shared_out.keys // chosen.block_n, 1),
+        "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
+    }
+    fit = _HELD * _THREADS_A_WARP * chosen.warps // segment_words(found)
+    return found | {"CHUNK": min(_AT_ONCE, 1 << max(fit.bit_length() - 1, 0))}
+
+
+def segment_words(constants: dict[str, int]) -> int:
+    """What a segment of a block of rows leaves: m, l and acc."""
+    return constants["BLOCK_M"] * (2 + constants["WIDE_V"] + constants["REST_V"])
 
 
 def split(dim: int) -> tuple[int, int]:

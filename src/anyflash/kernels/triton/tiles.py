@@ -92,8 +92,9 @@ def add_product(total, weights, values, seen, PRECISION: tl.constexpr, CAREFUL: 
     w = weights.to(values.dtype)
     if CAREFUL:
         clean = tl.dot(w, tl.where(finite(values), values, 0.0), total, input_precision=PRECISION)
-        odd = tl.where(finite(values), 0.0, 1.0)
-        reached = tl.dot(tl.where(seen, 1.0, 0.0), odd, input_precision="ieee")
+        # 0 and 1 are exact in any type, so that tensor cores may count.
+        odd = tl.where(finite(values), 0.0, 1.0).to(values.dtype)
+        reached = tl.dot(tl.where(seen, 1.0, 0.0).to(values.dtype), odd, input_precision=PRECISION)
         total = tl.where(reached > 0, total + tl.dot(w, values, input_precision=PRECISION), clean)
     else:
         total = tl.dot(w, values, total, input_precision=PRECISION)
