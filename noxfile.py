@@ -54,6 +54,7 @@ _COMPILED = (
     "tests/gpu/test_compiled_others.py",
     "tests/gpu/test_emulator.py",
     "tests/gpu/test_emulator_agrees.py",
+    "tests/gpu/test_tuner.py",
     "tests/gpu/test_variants.py",
 )
 _INTERPRETED = (
@@ -63,6 +64,7 @@ _INTERPRETED = (
     "tests/gpu/test_interpreted_device.py",
     "tests/gpu/test_precision.py",
     "tests/gpu/test_emulated_backward.py",
+    "tests/gpu/test_report.py",
     "tests/gpu/test_emulated_hopper.py",
     "tests/gpu/test_emulated_mutations.py",
 )

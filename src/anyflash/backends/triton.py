@@ -27,18 +27,18 @@ class Triton:
         for package in ("triton", "torch"):
             if importlib.util.find_spec(package) is None:
                 return f"needs {package}, which is not installed"
-        from anyflash.kernels.triton.device import interpreted
+        from anyflash.kernels.triton.device import on_host
 
-        if interpreted():
+        if on_host():
             return None
         import torch
 
         return None if torch.cuda.is_available() else "torch sees no GPU"
 
     def decline(self, problem: Problem, device: Device) -> list[str]:
-        from anyflash.kernels.triton.device import interpreted
+        from anyflash.kernels.triton.device import on_host
 
-        wanted = ("cpu",) if interpreted() else _GPUS
+        wanted = ("cpu",) if on_host() else _GPUS
         if device.kind not in wanted:
             return [f"runs on {' and '.join(wanted)}, the arrays are on {device}"]
         reasons = integers_too_wide(problem)

@@ -13,7 +13,9 @@
     scattered.py     gradients of tables that are read at other places
     slopes.py        what a pair adds to either
     schedule.py      tile sizes, warps and stages by device and head_dim
+    tuned.py         tiles that were tuned on a device
     precision.py     how float32 is multiplied
+    offline.py       what a call would launch on a device that is not here, compiled
     launch.py        views to launches; launch_backward.py those of the backward
     interpreter.py   what makes Triton's interpreter right for bfloat16
 

@@ -33,6 +33,11 @@ def pretended(arch: str) -> Iterator[None]:
         _pretended.pop()
 
 
+def on_host() -> bool:
+    """Are the arrays of calls in host memory: for the interpreter, or for launches that are only prepared?"""
+    return bool(_pretended) or interpreted()
+
+
 # Elements as device code reads them; a bool is a byte.
 _STORED = {"bool": "int8"}
 

@@ -20,6 +20,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from anyflash.kernels.triton.device import pretended
@@ -98,7 +99,8 @@ def binary(kernel: Any, arch: str, *arguments: Any, **constants: Any) -> Any:
     options, signature, constexprs, attributes = kernel._pack_args(
         backend, constants, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
 
 

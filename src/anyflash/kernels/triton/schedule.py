@@ -1,4 +1,5 @@
-"""Tile sizes, warps and stages by device and head_dim: tables, no search at run time.
+"""Tile sizes, warps and stages by device and head_dim: tables, no search at run time. What was tuned on a
+device (tuned.py) comes first.
 
 What bounds a choice: a block of rows keeps acc (BLOCK_M x DIM_V words) and a tile of scores (BLOCK_M x
 BLOCK_N) in registers, of which a thread has 255; q and the stages of k and v lie in shared memory: (BLOCK_M
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from anyflash.kernels.triton import tuned
 
 Part = Literal["forward", "backward_dkv", "backward_dq"]
 PARTS: tuple[Part, ...] = ("forward", "backward_dkv", "backward_dq")
@@ -122,7 +125,12 @@ def decode_tiles(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int) -> 
     """The configuration of the kernel of sequences over a cache, by how many rows they have."""
     if arch == "interpreter":
         return _INTERPRETED_DECODE[rows]
-    return _fitting(_DECODE_TABLES[rows], "forward", arch, dim, dim_v, itemsize)
+    return _fitting(_DECODE_TABLES[rows], f"decode_{rows}", "forward", arch, dim, dim_v, itemsize)
+
+
+def limit(arch: str) -> int:
+    """Bytes of shared memory that one block of threads may have."""
+    return SHARED_BYTES.get(arch, _SMALLEST)
 
 
 def decode_constants(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int) -> dict[str, int]:
@@ -162,6 +170,11 @@ def split(dim: int) -> tuple[int, int]:
     return (wide, 0) if rest <= 0 else (wide, max(16, 1 << (rest - 1).bit_length()))
 
 
+def classes(part: Part) -> tuple[int, ...]:
+    """The greatest widths of the rows of a part's table."""
+    return tuple(most for most, _ in _TABLES[part])
+
+
 def padded(dim: int) -> int:
     return sum(split(dim))
 
@@ -170,23 +183,25 @@ def tiles(part: Part, arch: str, dim: int, dim_v: int, itemsize: int) -> Tiles:
     """The configuration of a kernel on a device of architecture `arch` ("sm_90", "gfx942", "interpreter")."""
     if arch == "interpreter":
         return INTERPRETED
-    return _fitting(_TABLES[part], part, arch, dim, dim_v, itemsize)
+    return _fitting(_TABLES[part], part, part, arch, dim, dim_v, itemsize)
 
 
 def _fitting(
     table: tuple[tuple[int, tuple[Tiles, ...]], ...],
+    name: str,
     part: Part,
     arch: str,
     dim: int,
     dim_v: int,
     itemsize: int,
 ) -> Tiles:
-    """The first candidate that has room in the device's shared memory."""
-    limit = SHARED_BYTES.get(arch, _SMALLEST)
+    """What was tuned as `name`, or else the first candidate that has room in the device's shared memory."""
     width, width_v = padded(dim), padded(dim_v)
-    candidates = next(found for most, found in table if max(width, width_v) <= most)
+    most, candidates = next(row for row in table if max(width, width_v) <= row[0])
+    if found := tuned.entries(arch).get(tuned.key(name, most, itemsize)):
+        return Tiles(*found)
     for candidate in candidates:
-        if shared_bytes(part, candidate, width, width_v, itemsize) <= limit:
+        if shared_bytes(part, candidate, width, width_v, itemsize) <= limit(arch):
             return candidate
     return candidates[-1]
 
