@@ -158,14 +158,19 @@ if NEWEST:
 
 # Mutations that change nothing but the order in which things happen to be done, and why.
 _BLOCK = "its phase has ended: the wait is there to end a basic block, for ptxas"
+_Q_LAST = "readers leave q after dout, and the producer waits for q before it loads either"
 _TURN = "turns are about speed: no data hangs on them"
 HARMLESS = {
     "forward.under_product: await_full 3 dropped": _BLOCK,
+    "forward.under_product: release 1 too early": "before it, the producer waits for a later stage of v",
+    "forward.consumer: release 2 too early": "before the next item's tiles, the producer waits for q",
     "pipeline.take_turn: barrier_wait 1 dropped": _TURN,
     "pipeline.take_turn: barrier_wait 1 turned": _TURN,
-    "backward.producer: barrier_wait 2 dropped": "readers leave dout before q, whose stage is waited for",
+    "backward.producer: barrier_wait 2 dropped": _Q_LAST,
     "backward.run_of_rows: barrier_wait 3 dropped": _BLOCK,
+    "backward.run_of_rows: barrier_arrive 2 too early": _Q_LAST,
     "backward_dq.run_of_keys: await_full 3 dropped": _BLOCK,
+    "backward_dq.run_of_keys: release 1 too early": "readers leave k after v, and it is waited for first",
 }
 
 

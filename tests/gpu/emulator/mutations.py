@@ -2,8 +2,8 @@
 
 A call that stands alone is taken out. A call whose result is used hands its `deps` on as they are. Beyond
 that a wait for all but n becomes one for all but n + 1, a parity is turned round, half of the bytes are
-expected, and a barrier wants one more arrival. Code objects keep the lines of the original, so that errors
-point into it.
+expected, a barrier wants one more arrival, and an arrival comes before the wait for an operation that stands
+above it. Code objects keep the lines of the original, so that errors point into it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ CALLS: dict[str, Alteration | None] = {
     "named_wait": None,
     "named_arrive": None,
 }
+
+ARRIVALS = frozenset(("barrier_arrive", "release"))
+WAITS = frozenset(("wgmma_wait", "tma_store_wait"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _has(call: ast.Call, place: int | str) -> bool:
     return any(keyword.arg == place for keyword in call.keywords)
 
 
-def _ordered_calls(tree: ast.Module, names: frozenset[str]) -> list[ast.Call]:
+def _ordered_calls(tree: ast.AST, names: frozenset[str]) -> list[ast.Call]:
     """In the order in which the transformers above meet them: outer before inner, earlier before later."""
     found: list[ast.Call] = []
 
@@ -145,6 +148,20 @@ def _ordered_calls(tree: ast.Module, names: frozenset[str]) -> list[ast.Call]:
 
     Collect().visit(tree)
     return found
+
+
+def _early(tree: ast.Module, names: frozenset[str], target: int) -> ast.Module | None:
+    """An arrival before the wait above it, if there is one."""
+    call = _ordered_calls(tree, names)[target]
+    for node in ast.walk(tree):
+        for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
+            for i, statement in enumerate(body if isinstance(body, list) else ()):
+                if isinstance(statement, ast.Expr) and statement.value is call and i:
+                    if not _ordered_calls(body[i - 1], WAITS):
+                        return None
+                    body[i - 1 : i + 1] = [statement, body[i - 1]]
+                    return tree
+    return None
 
 
 def _compiled(original: JITFunction[Any], tree: ast.Module, first_line: int) -> types.FunctionType:
@@ -181,6 +198,8 @@ def mutations(
                 how, place, apply = change
                 altered = _Alter(target, place, apply).of(copy.deepcopy(tree), names)
                 yield Mutation(f"{here} {how}", line, original, _compiled(original, altered, first_line))
+            if called in ARRIVALS and (moved := _early(copy.deepcopy(tree), names, target)) is not None:
+                yield Mutation(f"{here} too early", line, original, _compiled(original, moved, first_line))
 
 
 def noticed(run: Callable[[int, Replaced], bool], mutation: Mutation, seeds: Iterable[int]) -> str | None:
