@@ -88,8 +88,9 @@ def attention(
         descale_q, descale_k, descale_v: factors of 8-bit q, k and v: None for 1, a number, or a floating
             array that broadcasts to (B, Hkv). Query heads of a group share their key head's.
         return_lse: give (out, lse), lse (B, Hq, Tq) float32 (float64 for float64), the natural logarithm.
-        deterministic: the backends of this version always give the same bits for the same call, so None, True
-            and False are alike.
+        deterministic: None and True give the same bits for the same call. False leaves gradients to be summed
+            in any order where that is faster: on Hopper GPUs the last bits of dq may then differ from run to
+            run.
         backend: the name of one, which then runs the call or raises; None for the best that can.
 
     Returns:
@@ -362,6 +363,7 @@ def _request(
         sinks=sinks,
         dropout_p=dropout_p,
         descale=descale,
+        deterministic=deterministic is not False,
     )
     for name, array in zip(names, tables, strict=True):
         registry.same(frontend, name, array)

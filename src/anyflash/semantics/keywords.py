@@ -26,7 +26,7 @@ _AXES = ("batch", "head", "row", "k")
 _AT = At()
 
 Plain = tuple[
-    bool, "tuple[int | None, int | None] | None", float | None, float | None, float, bool, float | None
+    bool, "tuple[int | None, int | None] | None", float | None, float | None, float, bool, float | None, bool
 ]
 
 
@@ -59,6 +59,7 @@ def describe_program(
     sinks: Any = None,
     dropout_p: float = 0.0,
     descale: Descale | None = None,
+    deterministic: bool = True,
 ) -> Described:
     """The program that the keywords spell, and its tables.
 
@@ -92,6 +93,7 @@ def describe_program(
         0.0 if type(dropout_p) is float and dropout_p == 0.0 else _dropout(dropout_p),
         sinks is not None,
         factor,
+        deterministic,
     )
     if bias is not None or alibi_slopes is not None or mask is not None:
         extents = _extents(q_shape, k_shape, layout, sequences)
@@ -154,7 +156,7 @@ def _squeeze(array: Any, given: Given) -> Any:
 
 def _build(plain: Plain, given: Sequence[Given], arrays: Sequence[Any], score: Any, mask: Any) -> Described:
     """Compose the program. `arrays` go with `given`; `score` and `mask` are the user's functions."""
-    causal, window, scale, softcap, dropout_p, sinks, constant = plain
+    causal, window, scale, softcap, dropout_p, sinks, constant, deterministic = plain
     s, factor, loads, named = _loaded(given, arrays, None if constant is None else const(constant))
     if score is not None:
         s = _call_score(score, s)
@@ -183,7 +185,7 @@ def _build(plain: Plain, given: Sequence[Given], arrays: Sequence[Any], score: A
     mask_text = None if bound_mask is None else text.show(bound_mask)
     factor_text = None if bound_factor is None else text.show(bound_factor)
     return Described(
-        str(Program(score_text, mask_text, scale, dropout_p, sinks, factor_text)),
+        str(Program(score_text, mask_text, scale, dropout_p, sinks, factor_text, deterministic)),
         tuple([table.array for table in tables]),
         tuple([_name(table, slot, named) for slot, table in enumerate(tables)]),
     )

@@ -21,7 +21,8 @@ class Program:
 
     `score`, `mask` and `factor` are expression texts or None; loads in them name slots of the call's tables.
     `scale` None means head_dim ** -0.5. `sinks` says that a per-head sink logit joins the denominator.
-    `factor` is what out is multiplied by, of batch and head alone.
+    `factor` is what out is multiplied by, of batch and head alone. `deterministic` False leaves gradients to
+    be summed in any order, where that is faster.
     """
 
     score: str | None = None
@@ -30,18 +31,20 @@ class Program:
     dropout_p: float = 0.0
     sinks: bool = False
     factor: str | None = None
+    deterministic: bool = True
 
     def __str__(self) -> str:
-        """`score|mask|scale|dropout_p|sinks|factor`, empty where absent; `parse` inverts it."""
+        """`score|mask|scale|dropout_p|sinks|factor|deterministic`, empty where absent; `parse` inverts it."""
         scale = "" if self.scale is None else self.scale.hex()
         dropout_p = float(self.dropout_p).hex()
+        sinks, deterministic = str(int(self.sinks)), str(int(self.deterministic))
         return "|".join(
-            (self.score or "", self.mask or "", scale, dropout_p, str(int(self.sinks)), self.factor or "")
+            (self.score or "", self.mask or "", scale, dropout_p, sinks, self.factor or "", deterministic)
         )
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        score, mask, scale, dropout_p, sinks, factor = text.split("|")
+        score, mask, scale, dropout_p, sinks, factor, deterministic = text.split("|")
         return cls(
             score or None,
             mask or None,
@@ -49,6 +52,7 @@ class Program:
             float.fromhex(dropout_p),
             sinks == "1",
             factor or None,
+            deterministic == "1",
         )
 
 

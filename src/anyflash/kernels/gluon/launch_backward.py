@@ -50,13 +50,12 @@ def unfit(operands: Operands, saved: Saved, grads: Gradients) -> str | None:
     return None
 
 
-def backward(
-    problem: Problem, operands: Operands, saved: Saved, grads: Gradients, *, reduce: bool = False
-) -> None:
-    """Write the gradients. The arrays are fit. `reduce`: dq is added up in no fixed order."""
+def backward(problem: Problem, operands: Operands, saved: Saved, grads: Gradients) -> None:
+    """Write the gradients. The arrays are fit. A call that need not be deterministic has dq added up in no
+    fixed order."""
 
     def products(call: Call, delta: Rows) -> Repairs:
-        return _Products(call, saved, delta, grads, reduce).run()
+        return _Products(call, saved, delta, grads).run()
 
     portable.backward(problem, operands, saved, grads, products)
 
@@ -64,14 +63,14 @@ def backward(
 class _Products:
     """What the kernels of one backward share."""
 
-    def __init__(self, call: Call, saved: Saved, delta: Rows, grads: Gradients, reduce: bool) -> None:
+    def __init__(self, call: Call, saved: Saved, delta: Rows, grads: Gradients) -> None:
         problem, operands = call.problem, call.operands
         self.call, self.saved, self.delta, self.grads = call, saved, delta, grads
         program = problem.program
         dtypes = tuple(spec.dtype for spec in problem.tables)
         self.found: Functions = functions(program.score, program.mask, dtypes, "gluon")
         self.keys_tiles = tables.keys_tiles(problem.head_dim, problem.head_dim_v)
-        self.reduce = reduce and self.keys_tiles is not None
+        self.reduce = not program.deterministic and self.keys_tiles is not None
         self.guard = call.hides
         _, *lengths, self.tables = call.shared_arrays()
         self.lengths = lengths
