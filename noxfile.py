@@ -52,6 +52,7 @@ _COMPILED = (
     "tests/gpu/test_compiled.py",
     "tests/gpu/test_compiled_append.py",
     "tests/gpu/test_compiled_others.py",
+    "tests/gpu/test_compiled_hopper.py",
     "tests/gpu/test_emulator.py",
     "tests/gpu/test_emulator_agrees.py",
     "tests/gpu/test_tuner.py",

@@ -121,8 +121,9 @@ class Hopper:
         from anyflash.kernels.gluon import schedule
 
         program = problem.program
-        plain = program.mask is None and program.score is None
-        tiles = schedule.forward_tiles(problem.head_dim, problem.head_dim_v, plain)
+        tiles = schedule.forward_tiles(
+            problem.head_dim, problem.head_dim_v, program.mask is not None, program.score is not None
+        )
         shared = schedule.shared_bytes(tiles, problem.head_dim, problem.head_dim_v)
         return {
             "device": "sm_90",

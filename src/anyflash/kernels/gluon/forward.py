@@ -101,6 +101,10 @@ def producer(
         kv_head = head // grid[5]
         kind, high, low = first_run(first_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
         if first_row < q_len:
+            # The first k is on its way while the consumers still need the q of the item before.
+            # (BLOCK_N, DIM)
+            if high >= 0:
+                fill(k_ring, n, k, box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
             for i in gl.static_range(CONSUMERS):
                 barrier_wait(q_empty.index(i), (taken & 1) ^ 1)
                 barrier_expect(q_full.index(i), q.block_type.nbytes)
@@ -109,6 +113,11 @@ def producer(
                     q, box(batch, head, q_start, q_len, first_row + i * 64, C.packed),
                     q_full.index(i), q_tiles.index(i),
                 )  # fmt: skip
+            # (BLOCK_N, DIM_V)
+            if high >= 0:
+                fill(v_ring, n, v, box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
+                n += 1
+                high -= 1
             taken += 1
         while high >= 0:
             for j in range(high - low + 1):

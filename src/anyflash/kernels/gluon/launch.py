@@ -60,7 +60,7 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
     call = portable.Call(problem, operands)
     program, packed = problem.program, problem.packed_q
     found = functions(program.score, program.mask, tuple(spec.dtype for spec in problem.tables), "gluon")
-    tiles = schedule.forward_tiles(problem.head_dim, problem.head_dim_v, not call.hides)
+    tiles = forward_tiles(problem)
     with current(call.device):
         if packed:
             portable.fill_rows_of_no_sequence(call, results)
@@ -115,6 +115,11 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
         )
         if call.hides:
             portable.forward(problem, operands, results, _REPAIR, odd)
+
+
+def forward_tiles(problem: Problem) -> schedule.Tiles:
+    masked, scored = problem.program.mask is not None, problem.program.score is not None
+    return schedule.forward_tiles(problem.head_dim, problem.head_dim_v, masked, scored)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
