@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 
 from anyflash.backends.hopper import BACKEND
 from anyflash.contract import direct, run
@@ -68,6 +69,8 @@ CASES = (
     Case("layout_broadcast", layouts=(Layout(expand=(2,)),), lens=(40, 50), dims=(64, 64), batch=1),
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16")
+# The same kernels: the older Triton is asked for fewer.
+EVERY = 1 if triton.__version__ >= "3.9" else 5
 
 
 def cases() -> list[Case]:
@@ -75,7 +78,7 @@ def cases() -> list[Case]:
         replace(case, id=f"{dtype}-{case.id}", dtype=dtype, data_seed=i)
         for i, case in enumerate(CASES)
         for dtype in DTYPES[i % 2 : i % 2 + 1]
-    ]
+    ][::EVERY]
 
 
 @pytest.fixture(autouse=True)
