@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import triton
 
+import anyflash as af
 from anyflash.backends.hopper import BACKEND
 from anyflash.contract import direct, run
 from anyflash.contract.cases import Case, Packed
@@ -143,6 +144,14 @@ def test_stats_serve_the_portable_backward(monkeypatch: pytest.MonkeyPatch) -> N
     found, wanted = (direct.attend(name, q, k, v, dout=dout, causal=True) for name in ("hopper", "reference"))
     for name in ("dq", "dk", "dv"):
         assert close(getattr(found, name), getattr(wanted, name))
+
+
+def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated.install(monkeypatch)
+    q, k, v = arrays((1, 70, 2, 96), (1, 140, 1, 96), (1, 140, 1, 96))
+    said = str(af.explain(q, k, v, causal=True, backend="hopper"))
+    assert "128 x 128, 2 consumers, 2 stages" in said
+    assert "go to the portable kernels" in said
 
 
 USUAL = {"dim": 64, "keys": 4, "dtype": np.float16}

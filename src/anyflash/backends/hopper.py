@@ -118,19 +118,22 @@ class Hopper:
         PORTABLE.restate(problem, config, lse, stats)
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
-        from anyflash.kernels.gluon import schedule
+        from anyflash.kernels.gluon import schedule, schedule_backward
 
         program = problem.program
         tiles = schedule.forward_tiles(
             problem.head_dim, problem.head_dim_v, program.mask is not None, program.score is not None
         )
         shared = schedule.shared_bytes(tiles, problem.head_dim, problem.head_dim_v)
+        dims = problem.head_dim, problem.head_dim_v
+        keys, rows = schedule_backward.keys_tiles(*dims), schedule_backward.rows_tiles(*dims)
+        by_rows = f"by {keys.moving} rows in {keys.stages} stages" if keys else "by the portable kernel"
         return {
             "device": "sm_90",
             "forward": f"{tiles.block_m} x {tiles.block_n}, {tiles.consumers} consumers, "
-            f"{tiles.stages} stages, {shared} bytes of shared memory; portable kernels for arrays that TMA "
-            "cannot move: not at 16 bytes, or a head's elements apart",
-            "backward": "portable kernels",
+            f"{tiles.stages} stages, {shared} bytes of shared memory",
+            "backward": f"dk and dv {by_rows}, dq by {rows.moving} keys in {rows.stages} stages",
+            "other arrays": "go to the portable kernels: TMA wants 16 bytes, a head's elements together",
             "block_q": tiles.block_m,
             "block_k": tiles.block_n,
         }
