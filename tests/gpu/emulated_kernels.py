@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
@@ -182,3 +183,27 @@ def handed_on(source, middle, flag, target, READ_ONLY: gl.constexpr):
         columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
         at = gl.expand_dims(rows, 1) * COLUMNS + gl.expand_dims(columns, 0)
         gl.store(target + at, gl.load(middle + at))
+
+
+@gluon.jit
+def product_of_8_bits(a, b, c, BY_ROWS: gl.constexpr):
+    """c = a . b^T of 64 rows each, by a descriptor that the kernel makes. 8 bits are read along k alone."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    a_tile = gl.allocate_shared_memory(a.dtype, a.block_type.shape, a.layout)
+    b_tile = gl.allocate_shared_memory(b.dtype, b.block_type.shape, b.layout)
+    tile = gl.allocate_shared_memory(gl.float32, [64, 64], gl.NVMMASharedLayout(128, 32))
+    full = barriers(1)
+    barrier_init(full.index(0), count=1)
+    barrier_expect(full.index(0), a.block_type.nbytes + b.block_type.nbytes)
+    tma_load(a, [0, 0], full.index(0), a_tile)
+    tma_load(b, [0, 0], full.index(0), b_tile)
+    barrier_wait(full.index(0), 0)
+    if BY_ROWS:
+        right = b_tile.permute((1, 0))
+    else:
+        right = b_tile
+    tile.store(wgmma(a_tile, right, gl.zeros([64, 64], gl.float32, layout=LAYOUT)))
+    fence()
+    made = tma.make_tensor_descriptor(c, [64, 64], [64, 1], [64, 64], gl.NVMMASharedLayout(128, 32))
+    tma_store(made, [0, 0], tile)
+    tma_store_wait(0)

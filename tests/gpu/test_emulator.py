@@ -37,7 +37,7 @@ from gpu.emulator.tensor import Int, Tensor
 from gpu.emulator.tma import Descriptor
 
 POLICIES = range(9)
-_GLUON = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+_GLUON = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +240,15 @@ def test_pointers() -> None:
     assert bool(
         (y - x.double().sum(1)).abs().max() <= 16 * torch.finfo(torch.float32).eps * x.abs().sum(1).max()
     )
+
+
+def test_8_bits() -> None:
+    a, b = (torch.randn(64, 64).to(torch.float8_e4m3fn) for _ in range(2))
+    c = torch.full((64, 64), float("nan"))
+    emulate(kernels.product_of_8_bits, (1,), boxes(a, [64, 64]), boxes(b, [64, 64]), c, True)
+    assert torch.equal(c, (a.double() @ b.double().T).float())
+    with pytest.raises(Mismatch, match="along k only"):
+        emulate(kernels.product_of_8_bits, (1,), boxes(a, [64, 64]), boxes(b, [64, 64]), c, False)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from gpu import emulated_faults as faults
 from gpu import emulated_kernels as kernels
 
 HOPPER = offline.TARGETS["sm_90"]
-_GLUON = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+_GLUON = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 def compile_for_hopper(kernel: Any, *arguments: Any) -> Any:
@@ -62,6 +62,12 @@ RIGHT: dict[str, tuple[Any, ...]] = {
         boxes([128, 64], [64, 64], torch.float32),
         5,
         2,
+    ),
+    "8 bits": (
+        kernels.product_of_8_bits,
+        *[boxes([64, 64], [64, 64], torch.float8_e4m3fn)] * 2,
+        offline.Stand(torch.float32),
+        True,
     ),
     "turns": (kernels.in_turn, INTEGERS, INTEGERS, True),
     "pointers": (kernels.row_sums, FLOATS, FLOATS, INTEGERS, 32, 16),

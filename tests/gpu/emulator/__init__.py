@@ -44,7 +44,7 @@ Not modelled, so that a fault of this kind is not seen:
 - order through global memory: only values, bounds, and stores of one element by two programs are checked
   there; what TMA writes may come late, after the wait for its reads;
 - `barrier_wait` whose only aim is order, not safety (ping-pong): without it nothing goes wrong but speed;
-- clusters, multicast, im2col, gather and scatter, cp.async, tf32, unsigned integers, device descriptors;
+- clusters, multicast, im2col, gather and scatter, cp.async, tf32, unsigned integers;
 - sums of a product are rounded once, those of the hardware in its own way.
 """
 

@@ -19,6 +19,7 @@ from gpu.emulator.errors import InFlight, Mismatch, OutOfBounds
 from gpu.emulator.memory import Operation, SharedMemory
 from gpu.emulator.scheduler import Event, Task
 from gpu.emulator.source import where
+from gpu.emulator.tensor import Pointer
 
 
 class Descriptor:
@@ -102,6 +103,14 @@ class Descriptor:
             run.owners.stored(self._memory, part, program)
             self._memory.as_strided(*part).copy_(value[inner])
         run.writes += 1
+
+
+def make_tensor_descriptor(base: Any, shape: Any, strides: Any, block_shape: Any, layout: Any,
+                           padding_option: str = "zero") -> Descriptor:  # fmt: skip
+    """A descriptor made by the kernel."""
+    if not isinstance(base, Pointer) or base.shape:
+        raise Mismatch(f"a descriptor is of one pointer, not of {base!r}")
+    return Descriptor(base.flat, int(base.offsets), shape, strides, block_shape, layout, padding_option)
 
 
 def _checked(descriptor: Any, coordinates: Any, buffer: Any) -> list[int]:

@@ -87,6 +87,7 @@ TMA = {
     "async_copy_shared_to_global": tma.store,
     "async_atomic_add": tma.add,
     "store_wait": tma.store_wait,
+    "make_tensor_descriptor": tma.make_tensor_descriptor,
 }
 HOPPER = {
     "fence_async_shared": wgmma.fence,
