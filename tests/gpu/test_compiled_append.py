@@ -41,12 +41,12 @@ FORMS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", FORMS)
 def test_append(name: str, arch: str) -> None:
     counts, table, leftpad, positions, starts, angles, interleaved = FORMS[name]
-    rotary = () if angles is None else (angles, angles, (64, 1), (64, 1), 8192)
+    rotary = (angles, angles, (64, 1), (64, 1), 8192) if angles else (None, None, (0, 0), (0, 0), 0)
     found = offline.compiled(
-        append.append, arch, counts, (X, X), (X, X), X, X if rotary else None, starts, starts, I, leftpad,
-        table, positions, rotary, (ROWS, ROWS), (CACHE, CACHE), ROWS, (256, 1), (0, 1), *COUNTS,
-        COUNT=counts is not None, NEW=True, ROTARY=bool(rotary), INTERLEAVED=interleaved,
-        PAIRS=64 if rotary else 0, **WIDTHS,
+        append.append, arch, counts, (X, X), (X, X), X, X if angles else None, starts, starts, I, leftpad,
+        table, positions, *rotary, (ROWS, ROWS), (CACHE, CACHE), ROWS, (256, 1), (0, 1), *COUNTS,
+        COUNT=counts is not None, NEW=True, ROTARY=angles is not None, INTERLEAVED=interleaved,
+        PAIRS=64 if angles else 0, **WIDTHS,
     )  # fmt: skip
     assert found.spilled == 0
     assert found.registers <= 128
@@ -56,7 +56,7 @@ def test_append(name: str, arch: str) -> None:
 def test_queries_alone(arch: str) -> None:
     found = offline.compiled(
         append.append, arch, None, (), (X, X), X, X, None, None, I, None, I, None,
-        (F, F, (64, 1), (64, 1), 8192), (), (CACHE, CACHE), ROWS, (256, 1), (0, 1), *COUNTS,
+        F, F, (64, 1), (64, 1), 8192, (), (CACHE, CACHE), ROWS, (256, 1), (0, 1), *COUNTS,
         COUNT=False, NEW=False, ROTARY=True, INTERLEAVED=False, PAIRS=64, **WIDTHS,
     )  # fmt: skip
     assert found.spilled == 0

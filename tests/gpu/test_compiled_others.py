@@ -131,3 +131,18 @@ def test_other_launches(
 
     monkeypatch.setattr(offline, "compiled", compiled)
     assert shipped.compile_one(f"{arch} {part} {dim} causal")["products"] > 0
+
+
+@pytest.mark.parametrize("part", schedule.PARTS)
+def test_packed_launches(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths of both integer types, which nobody has read."""
+    own: Callable[..., offline.Made] = offline.compiled
+
+    def compiled(kernel: Any, arch: str, *arguments: Any, **constants: Any) -> offline.Made:
+        tables_at = next(i for i, argument in enumerate(arguments) if isinstance(argument, tuple))
+        lengths = (I, offline.Stand(torch.int64), I)
+        arguments = (*arguments[: tables_at - 3], *lengths, *arguments[tables_at:])
+        return own(kernel, arch, *arguments, **(constants | {"PACKED": True, "USED": True}))
+
+    monkeypatch.setattr(offline, "compiled", compiled)
+    assert shipped.compile_one(f"sm_90 {part} 64 causal")["products"] > 0

@@ -4,7 +4,10 @@ does: the same bits, from integers that the host does not read, and nothing writ
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: nox -s 'systems(triton39)'", allow_module_level=True)
 
 import numpy as np
+import triton
 
 from anyflash.contract.poison import CONTIGUOUS, Layout, Poisoned
 from anyflash.core.view import View
@@ -238,6 +242,21 @@ def test_wrong_integers_lead_nowhere(name: str, monkeypatch: pytest.MonkeyPatch)
     counts = as_numpy(found.seqused_k)
     assert (counts >= 0).all()
     assert (counts <= found.longest_k).all()
+
+
+@pytest.mark.skipif(triton.__version__ < "3.9", reason="slow, and the same with the newer Triton")
+def test_no_access_outside() -> None:
+    """Behind, or before, every array lies a page that cannot be touched."""
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [sys.executable, "-m", "gpu.fenced_calls"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -41,7 +41,8 @@ def rows_of(cu_seqlens, entry, each, total):
 def owner(rows, cu_seqlens, each, batch, total, halvings):
     """The sequence of each of `rows`, the row's number in it, and whether it belongs to it at all."""
     if cu_seqlens is None:
-        entry = rows // each
+        # Rows past the last, which a block may have, are looked up as if they were of the last sequence.
+        entry = tl.minimum(rows // each, batch - 1)
         number = rows - entry * each
         belongs = rows < total
     else:
@@ -75,11 +76,11 @@ def put(target, places, dim_step, values, there, DIM: tl.constexpr, WIDTH: tl.co
 
 @triton.jit
 def turned(
-    x, base, places, dim_step, position, there, rotary,
+    x, base, places, dim_step, position, there, cos, sin, cos_row, cos_pair, sin_row, sin_pair, known,
     INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The tile x of rows at `places`, those that are `there` turned by their position."""
-    cos, sin, cos_steps, sin_steps, known = rotary
+    """The tile x of rows at `places`, those that are `there` turned by their position; `known` positions are.
+    Steps one by one: Triton 3.6 loses a step of 1 in a tuple within a tuple."""
     columns = tl.arange(0, WIDTH)
     if INTERLEAVED:
         second = columns % 2 == 1
@@ -95,8 +96,8 @@ def turned(
     # (rows, PAIRS), each twice
     row = tl.minimum(tl.maximum(position, 0), known - 1)[:, None]
     number = whole(pair)[None, :]
-    c = tl.load(cos + (row * cos_steps[0] + number * cos_steps[1]), mask=turns, other=0.0).to(tl.float32)
-    s = tl.load(sin + (row * sin_steps[0] + number * sin_steps[1]), mask=turns, other=0.0).to(tl.float32)
+    c = tl.load(cos + (row * cos_row + number * cos_pair), mask=turns, other=0.0).to(tl.float32)
+    s = tl.load(sin + (row * sin_row + number * sin_pair), mask=turns, other=0.0).to(tl.float32)
     moved = tl.where(second[None, :], mine * c + other * s, mine * c - other * s)
     return tl.where(turns, moved.to(x.dtype), x)
 
@@ -126,7 +127,8 @@ def count(program, counts, seqlens, leftpad, cu_seqlens_k, batch, each_new, tota
 @triton.jit
 def append_rows(
     program, new, cache, new_steps, cache_steps, cu_seqlens_k, seqlens, block_table, table_steps, positions,
-    position_steps, rotary, blocks, batch, each_new, total_new, halvings, page_size, num_pages, capacity,
+    position_steps, cos, sin, cos_steps, sin_steps, known, blocks, batch, each_new, total_new, halvings,
+    page_size, num_pages, capacity,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +163,10 @@ def append_rows(
         if positions is not None:
             at = entry * position_steps[0] + token * position_steps[1]
             position = tl.load(positions + at, mask=there, other=0).to(tl.int64)
-        k = turned(k, k_base, places, k_steps[3], position, there, rotary, INTERLEAVED, PAIRS, WIDTH)
+        k = turned(
+            k, k_base, places, k_steps[3], position, there, cos, sin, cos_steps[0], cos_steps[1],
+            sin_steps[0], sin_steps[1], known, INTERLEAVED, PAIRS, WIDTH,
+        )  # fmt: skip
     written = page * cache_k_steps[0] + row * cache_k_steps[1]
     put(cache_k + head * cache_k_steps[2], written, cache_k_steps[3], k, there, DIM, WIDTH)
     # (BLOCK, DIM_V)
@@ -174,7 +179,8 @@ def append_rows(
 @triton.jit
 def turn_queries(
     program, q, scratch, q_steps, heads, cu_seqlens_q, cu_seqlens_k, seqlens, positions, position_steps,
-    rotary, blocks, batch, each_q, total_q, each_new, total_new, halvings, capacity,
+    cos, sin, cos_steps, sin_steps, known, blocks, batch, each_q, total_q, each_new, total_new, halvings,
+    capacity,
     NEW: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -193,26 +199,29 @@ def turn_queries(
     if positions is None:
         position = slots_used(seqlens, entry, capacity) + last
     else:
-        known = there
+        given = there
         at = entry * position_steps[0] + token * position_steps[1]
         if NEW:
             # Before the first new key of the sequence there is none; the last one is never passed.
-            known = there & (last >= 0)
+            given = there & (last >= 0)
             if cu_seqlens_k is not None:
                 last += held(cu_seqlens_k, entry, total_new)
             at = entry * position_steps[0] + last * position_steps[1]
-        position = tl.load(positions + at, mask=known, other=0).to(tl.int64)
+        position = tl.load(positions + at, mask=given, other=0).to(tl.int64)
     base = q + head * q_steps[2]
     # (BLOCK, DIM)
     x = tile(base, places, q_steps[3], reads, DIM, WIDTH)
-    x = turned(x, base, places, q_steps[3], position, there, rotary, INTERLEAVED, PAIRS, WIDTH)
+    x = turned(
+        x, base, places, q_steps[3], position, there, cos, sin, cos_steps[0], cos_steps[1], sin_steps[0],
+        sin_steps[1], known, INTERLEAVED, PAIRS, WIDTH,
+    )  # fmt: skip
     put(scratch, (rows * heads + head) * DIM, 1, x, reads, DIM, WIDTH)
 
 
 @triton.jit
 def append(
     counts, new, cache, q, scratch, cu_seqlens_q, cu_seqlens_k, seqlens, leftpad, block_table, positions,
-    rotary, new_steps, cache_steps, q_steps, table_steps, position_steps,
+    cos, sin, cos_steps, sin_steps, known, new_steps, cache_steps, q_steps, table_steps, position_steps,
     counting, blocks_new, heads_new, blocks_q, heads_q, batch, each_q, total_q, each_new, total_new, halvings,
     page_size, num_pages, capacity,
     COUNT: tl.constexpr, NEW: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -224,8 +233,8 @@ def append(
 
     `new`, `cache` and their steps are pairs, of keys and of values; steps are in elements, (batch or page,
     token or slot, head, dim). `positions` are those of new keys, or without any of queries, and lie
-    (batch, token). Rows are dense, `each_*` a sequence, or packed with cumulative lengths. `rotary` is cos,
-    sin, their steps, and how many positions they know.
+    (batch, token). Rows are dense, `each_*` a sequence, or packed with cumulative lengths. cos and sin know
+    `known` positions.
     """
     program = tl.program_id(0)
     if COUNT:
@@ -236,14 +245,15 @@ def append(
         if (first >= 0) & (first < blocks_new * heads_new):
             append_rows(
                 first, new, cache, new_steps, cache_steps, cu_seqlens_k, seqlens, block_table, table_steps,
-                positions, position_steps, rotary, blocks_new, batch, each_new, total_new, halvings,
-                page_size, num_pages, capacity, ROTARY, INTERLEAVED, PAIRS, DIM, DIM_V, WIDTH, WIDTH_V, BLOCK,
+                positions, position_steps, cos, sin, cos_steps, sin_steps, known, blocks_new, batch, each_new,
+                total_new, halvings, page_size, num_pages, capacity, ROTARY, INTERLEAVED, PAIRS, DIM, DIM_V,
+                WIDTH, WIDTH_V, BLOCK,
             )  # fmt: skip
     if ROTARY:
         first_q = program - counting - blocks_new * heads_new
         if first_q >= 0:
             turn_queries(
                 first_q, q, scratch, q_steps, heads_q, cu_seqlens_q, cu_seqlens_k, seqlens, positions,
-                position_steps, rotary, blocks_q, batch, each_q, total_q, each_new, total_new, halvings,
-                capacity, NEW, INTERLEAVED, PAIRS, DIM, WIDTH, BLOCK,
+                position_steps, cos, sin, cos_steps, sin_steps, known, blocks_q, batch, each_q, total_q,
+                each_new, total_new, halvings, capacity, NEW, INTERLEAVED, PAIRS, DIM, WIDTH, BLOCK,
             )  # fmt: skip

@@ -65,7 +65,7 @@ def _launch(
         _pointer(operands.leftpad_k),
         _pointer(table),
         _pointer(positions),
-        () if rotary is None else _tables(rotary),
+        *((None, None, (0, 0), (0, 0), 0) if rotary is None else _tables(rotary)),
         () if new is None else (_steps(new[0], 4), _steps(new[1], 4)),
         (steps(operands.k), steps(operands.v)),
         _steps(operands.q, 4),
