@@ -66,6 +66,7 @@ _INTERPRETED = (
     "tests/gpu/test_precision.py",
     "tests/gpu/test_emulated_backward.py",
     "tests/gpu/test_report.py",
+    "tests/gpu/test_torch_device.py",
     "tests/gpu/test_emulated_hopper.py",
     "tests/gpu/test_emulated_mutations.py",
 )
