@@ -51,6 +51,7 @@ _MOSAIC_TESTS = ("tests/adapters/test_composer.py", "tests/adapters/test_llm_fou
 _COMPILED = (
     "tests/gpu/test_compiled.py",
     "tests/gpu/test_compiled_append.py",
+    "tests/gpu/test_compiled_decode.py",
     "tests/gpu/test_compiled_others.py",
     "tests/gpu/test_compiled_hopper.py",
     "tests/gpu/test_emulator.py",

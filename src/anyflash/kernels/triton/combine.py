@@ -17,6 +17,22 @@ from anyflash.kernels.triton.pages import scattered
 
 
 @triton.jit
+def meet(WAITS: tl.constexpr):
+    """Threads of a block wait for each other and see each other's stores.
+
+    An AMD barrier does not wait for the stores of a wave (WAITS), and an atomic that releases waits only for
+    those of its own: each wave must have seen them arrive before it comes to the barrier.
+    """
+    if WAITS:
+        # Every thread of up to 8 waves has an element.
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v,~{memory}", [tl.arange(0, 512)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.debug_barrier()
+
+
+@triton.jit
 def keep(partial, acc_wide, acc_rest, m, l, there,
          WIDE_V: tl.constexpr, REST_V: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Store the sums of a segment: m, l, acc with both pieces of a row beside each other."""

@@ -11,7 +11,7 @@ the mask leaves are not shared out (TRIM).
 Partial sums go to a workspace; the program that arrives last at its block's counter adds them up, in the
 order of the segments, whoever it is:
 
-  - each program stores its sums; the barrier orders the stores of all its threads before the atomic of one;
+  - each program stores its sums; `meet` orders the stores of all its threads before the atomic of one;
   - that atomic releases and acquires at the scope of the device, so who counts last sees the others' stores;
   - they are read past the first-level cache, which is not coherent;
   - who counts last sets the counter back to 0. Nobody else touches it any more in this launch, and the next
@@ -33,7 +33,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from anyflash.kernels.triton.combine import add_up, finish, keep
+from anyflash.kernels.triton.combine import add_up, finish, keep, meet
 from anyflash.kernels.triton.elementary import whole
 from anyflash.kernels.triton.pages import gathered_pieces, lengths, within
 from anyflash.kernels.triton.sequences import held
@@ -91,7 +91,7 @@ def decode(
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    SEGMENTS: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENTS: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of rows, segment (of `parts`), key head and sequence.
 
@@ -179,9 +179,9 @@ def decode(
                                 tl.full([BLOCK_M], 1.0, tl.float32), queries, rows, first_tile, end_tile,
                                 tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
                                 SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION,
-                                DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N,
+                                DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N, WAITS,
                             )  # fmt: skip
-                    tl.debug_barrier()
+                    meet(WAITS)
                     arrived = tl.atomic_add(counters + instance, 1, sem="acq_rel", scope="gpu")
                     if arrived == segments - 1:
                         tl.store(counters + instance, 0)
@@ -198,5 +198,5 @@ def decode(
                         out, places[0], out_steps[3], tl.where(l == 0.0, 1.0, l), queries, rows, first_tile,
                         end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
                         SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION,
-                        DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N,
+                        DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N, WAITS,
                     )  # fmt: skip

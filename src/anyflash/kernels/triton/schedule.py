@@ -151,6 +151,7 @@ def decode_constants(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int)
         "SPLIT": shared_out.segments > 1,
         "SEGMENTS": shared_out.segments,
         "LEAST": max(shared_out.keys // chosen.block_n, 1),
+        "WAITS": arch.startswith("gfx"),
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
     }

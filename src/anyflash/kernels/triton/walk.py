@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from anyflash.kernels.triton.combine import meet
 from anyflash.kernels.triton.elementary import whole
 from anyflash.kernels.triton.forward import LOG2_E
 from anyflash.kernels.triton.pages import keys_at, scattered, spot
@@ -207,7 +208,8 @@ def mend(
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr,
     MASK: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, GATHER: tl.constexpr,
     PRECISION: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MENDED: tl.constexpr = 16,
+    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAITS: tl.constexpr,
+    MENDED: tl.constexpr = 16,
 ):  # fmt: skip
     """Overwrite acc / total at `places` of `target`: only rows that see an infinite value or a NaN have it.
 
@@ -215,7 +217,7 @@ def mend(
     otherwise hold for it always.
     """
     # Other threads stored what is now overwritten.
-    tl.debug_barrier()
+    meet(WAITS)
     none = first_tile * 0
     for part in range(DIM_V // MENDED):
         mend_columns(
