@@ -130,7 +130,7 @@ class _Products:
 
     def _rows(self) -> tuple[PortableTiles, Any] | None:
         call, grads, problem = self.call, self.grads, self.call.problem
-        tiles = tables.rows_tiles(problem.head_dim, problem.head_dim_v)
+        tiles = tables.rows_tiles(problem.head_dim, problem.head_dim_v, call.hides)
         blocks, entries = call.row_blocks(tables.HELD)
         odd_blocks, odd = self._flags(*call.row_blocks(schedule.ROWS), problem.heads_q)
         q, k, v, dout = self.moved

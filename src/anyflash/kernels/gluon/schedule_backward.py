@@ -58,9 +58,11 @@ def keys_tiles(dim: int, dim_v: int) -> BackwardTiles | None:
     return BackwardTiles(64, 2) if max(dim, dim_v) <= GREATEST_KEYS_DIM else None
 
 
-def rows_tiles(dim: int, dim_v: int) -> BackwardTiles:
-    """The configuration of backward_dq.py."""
-    return BackwardTiles(128 if max(dim, dim_v) <= GREATEST_KEYS_DIM else 32, 2)
+def rows_tiles(dim: int, dim_v: int, hides: bool) -> BackwardTiles:
+    """The configuration of backward_dq.py; `hides`: a mask or a score program takes registers, too."""
+    if max(dim, dim_v) > GREATEST_KEYS_DIM:
+        return BackwardTiles(32, 2)
+    return BackwardTiles(64 if hides else 128, 2)
 
 
 def keys_shared_bytes(tiles: BackwardTiles, dim: int, dim_v: int, reduce: bool) -> int:

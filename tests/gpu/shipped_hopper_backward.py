@@ -1,0 +1,133 @@
+"""The Hopper backward in the configurations that are shipped, as its launches make them, compiled for sm_90a:
+what is in the machine code of each.
+
+Run as a program it compiles the named ones, or all, and prints one JSON object: name -> figures.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton
+from triton.backends.nvidia.compiler import get_ptxas
+
+from anyflash.contract import direct
+from anyflash.kernels.gluon import launch_backward
+from anyflash.kernels.gluon import schedule_backward as tables
+from anyflash.kernels.triton import offline
+from anyflash.semantics.operands import Gradients, Saved
+
+LENGTH, HEADS = 4096, 16
+_NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+_EVERYTHING: dict[str, Any] = {"causal": True, "softcap": 30.0, "window": (256, None), "alibi_slopes": True}
+
+# Of dk and dv: name -> head dims, program, packed, deterministic. dq is compiled with the deterministic ones.
+SHIPPED: dict[str, tuple[int, int, dict[str, Any], bool, bool]] = {
+    "64 plain": (64, 64, {}, False, True),
+    "64 causal": (64, 64, {"causal": True}, False, True),
+    "64 plain added": (64, 64, {}, False, False),
+    "64 causal added": (64, 64, {"causal": True}, False, False),
+    "128 plain": (128, 128, {}, False, True),
+    "128 causal": (128, 128, {"causal": True}, False, True),
+    "128 packed causal": (128, 128, {"causal": True}, True, True),
+    "128 everything": (128, 128, _EVERYTHING, False, True),
+    "128 plain added": (128, 128, {}, False, False),
+    "128 causal added": (128, 128, {"causal": True}, False, False),
+    "256 causal": (256, 256, {"causal": True}, False, True),
+}
+
+
+def recorded(name: str) -> list[offline.Launch]:
+    """The launches of Hopper's kernels."""
+    dim, dim_v, keywords, packed, deterministic = SHIPPED[name]
+    tokens = (LENGTH,) if packed else (1, LENGTH)
+    q, k, v = (np.empty((*tokens, HEADS, d), np.float16) for d in (dim, dim, dim_v))
+    if packed:
+        ends = np.array([0, LENGTH], np.int32)
+        keywords = {**keywords, "cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    if "alibi_slopes" in keywords:
+        keywords = {**keywords, "alibi_slopes": np.ones(HEADS, np.float32)}
+    problem, operands = direct.prepare(q, k, v, deterministic=deterministic, **keywords)
+    stats = np.empty((2, *problem.lse_shape), np.float32)
+    out = np.empty(problem.out_shape, np.float16)
+    saved = Saved(direct.view_of(out), direct.view_of(stats), direct.view_of(out))
+    made = [direct.view_of(np.empty_like(x), True) for x in (q, k, v)]
+    grads = Gradients(*made, tables=(None,) * len(problem.tables))
+    assert launch_backward.unfit(operands, saved, grads) is None
+    with offline.recorded("sm_90") as launches:
+        launch_backward.backward(problem, operands, saved, grads)
+    return [one for one in launches if one.kernel.is_gluon()]
+
+
+def figures(name: str) -> dict[str, dict[str, Any]]:
+    """For each kernel: bytes of shared memory and of the stack, counts of instructions, and what
+    schedule_backward.py says."""
+    dim, dim_v, *_ = SHIPPED[name]
+    found = {}
+    for one in recorded(name):
+        form = one.constants["C"]
+        keys = one.kernel.__name__ == "backward"
+        if keys:
+            tiles = tables.keys_tiles(dim, dim_v)
+            assert tiles is not None
+            accounted = tables.keys_shared_bytes(tiles, dim, dim_v, form.reduce)
+        else:
+            tiles = tables.rows_tiles(dim, dim_v, form.guard)
+            accounted = tables.rows_shared_bytes(tiles, dim, dim_v)
+        made = offline.binary(one.kernel, "sm_90", *one.arguments, **one.constants)
+        part = "keys" if keys else "rows"
+        found[f"{name} {part}"] = {
+            **_instructions(made),
+            "accounted": accounted,
+            "exponentials": tiles.moving * 64 // 128,
+            "added": form.reduce,
+            "identity": form.identity,
+        }
+    return found
+
+
+def _instructions(made: Any) -> dict[str, Any]:
+    taken = offline.figures(made)
+    with tempfile.TemporaryDirectory() as folder:
+        (cubin := Path(folder, "k.cubin")).write_bytes(made.asm["cubin"])
+        code = subprocess.run([_NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
+        (ptx := Path(folder, "k.ptx")).write_text(made.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", ptx, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    counted = {"wgmma": r"\bHGMMA\b", "reallocations": r"\bUSETMAXREG\b", "reductions": r"\bUTMAREDG\b"}
+    return {
+        "shared": taken.shared,
+        "stack": taken.spilled,
+        "serialised": len(re.findall(r"C75\d\d", said)),
+        "overlapped": _overlapped(code),
+        **{name: len(re.findall(pattern, code)) for name, pattern in counted.items()},
+    }
+
+
+def _overlapped(code: str) -> list[int]:
+    """Exponentials between a wait that leaves one product in flight and the wait for that one, for each such
+    place that has any: there p is computed under dout . v."""
+    found: list[int] = []
+    count: int | None = None
+    for line in code.splitlines():
+        if "WARPGROUP.DEPBAR.LE" in line:
+            if re.search(r"gsb0, 0x1\b", line):
+                count = 0
+            elif count is not None:
+                found.append(count)
+                count = None
+        elif count is not None and "MUFU.EX2" in line:
+            count += 1
+    return [count for count in found if count]
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:] or list(SHIPPED)
+    json.dump({key: value for name in wanted for key, value in figures(name).items()}, sys.stdout, indent=1)

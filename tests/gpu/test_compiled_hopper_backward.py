@@ -1,0 +1,85 @@
+"""The Hopper backward as it is shipped, compiled for sm_90a, within budgets.
+
+What must hold for every configuration is tested as it stands. What ptxas may still change a little,
+`budgets_hopper_backward.json` keeps: bytes of the stack. `python tests/gpu/test_compiled_hopper_backward.py`
+writes the figures of the installed Triton into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+BUDGETS = HERE / "budgets_hopper_backward.json"
+# All configurations with the newer Triton, () for short; a few with the older one.
+NAMES = {"3.9.0": (), "3.6.0": ("64 plain", "128 causal", "128 causal added")}
+STACK_SLACK = 16
+# What Triton keeps in shared memory to hand arguments to partitions and for reductions.
+SHARED_SLACK = 1024
+
+
+def measured(version: str) -> dict[str, dict[str, Any]]:
+    """In a process of its own, where kernels are not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(HERE / "shipped_hopper_backward.py"), *NAMES[version]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def wrong(figures: dict[str, Any], stack: int) -> list[str]:
+    from anyflash.kernels.gluon.schedule import SHARED_BYTES
+
+    shared, accounted = figures["shared"], figures["accounted"]
+    overlapped, least = figures["overlapped"], figures["exponentials"]
+    # Those of p; a score program may have some of its own.
+    enough = set(overlapped) == {least} if figures["identity"] else min(overlapped, default=0) >= least
+    rules = {
+        f"{shared} bytes of shared memory of {SHARED_BYTES}": shared <= SHARED_BYTES,
+        f"{shared} bytes of shared memory, schedule_backward.py says {accounted}": (
+            accounted <= shared <= accounted + SHARED_SLACK
+        ),
+        "no wgmma": figures["wgmma"] > 0,
+        "registers are not moved between warps": figures["reallocations"] > 0,
+        "ptxas puts wgmma one after the other": figures["serialised"] == 0,
+        f"{overlapped} exponentials under a product in the loops of two consumers, wanted {least}": (
+            len(overlapped) == 2 and enough
+        ),
+        f"{figures['reductions']} places that add by TMA": (figures["reductions"] > 0) == figures["added"],
+        f"{figures['stack']} bytes of stack, allowed {stack}": (
+            figures["stack"] <= stack + (STACK_SLACK if stack else 0)
+        ),
+    }
+    return [said for said, holds in rules.items() if not holds]
+
+
+@pytest.mark.timeout(2400)
+def test_budgets() -> None:
+    triton = pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
+    budgets = json.loads(BUDGETS.read_text())
+    if triton.__version__ not in budgets:
+        pytest.skip(f"budgets are kept for triton {', '.join(budgets)}, here is {triton.__version__}")
+    allowed, found = budgets[triton.__version__], measured(triton.__version__)
+    assert found.keys() == allowed.keys()
+    said = [f"{name}: {why}" for name, figures in found.items() for why in wrong(figures, allowed[name])]
+    assert not said, "\n".join(said)
+
+
+if __name__ == "__main__":
+    import triton
+
+    kept = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    found = measured(triton.__version__)
+    kept[triton.__version__] = {name: figures["stack"] for name, figures in found.items()}
+    for name, figures in found.items():
+        for why in wrong(figures, figures["stack"]):
+            sys.stderr.write(f"{name}: {why}\n")
+    BUDGETS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
