@@ -126,13 +126,17 @@ class Hopper:
         )
         shared = schedule.shared_bytes(tiles, problem.head_dim, problem.head_dim_v)
         dims = problem.head_dim, problem.head_dim_v
-        keys, rows = schedule_backward.keys_tiles(*dims), schedule_backward.rows_tiles(*dims)
+        keys = schedule_backward.keys_tiles(*dims)
+        rows = schedule_backward.rows_tiles(*dims, program.mask is not None or program.score is not None)
+        by_keys = f"by {rows.moving} keys in {rows.stages} stages"
+        if keys and not program.deterministic:
+            by_keys = "added up in float32 on the way, in no fixed order"
         by_rows = f"by {keys.moving} rows in {keys.stages} stages" if keys else "by the portable kernel"
         return {
             "device": "sm_90",
             "forward": f"{tiles.block_m} x {tiles.block_n}, {tiles.consumers} consumers, "
             f"{tiles.stages} stages, {shared} bytes of shared memory",
-            "backward": f"dk and dv {by_rows}, dq by {rows.moving} keys in {rows.stages} stages",
+            "backward": f"dk and dv {by_rows}, dq {by_keys}",
             "other arrays": "go to the portable kernels: TMA wants 16 bytes, a head's elements together",
             "block_q": tiles.block_m,
             "block_k": tiles.block_n,
