@@ -7,6 +7,7 @@ import importlib.util
 from typing import Any
 
 from anyflash.core.device import Device
+from anyflash.core.dtypes import FLOATS8, ITEMSIZE
 from anyflash.core.view import View
 from anyflash.semantics.cache import CacheCall
 from anyflash.semantics.limits import integers_too_wide
@@ -42,11 +43,8 @@ class Triton:
         if device.kind not in wanted:
             return [f"runs on {' and '.join(wanted)}, the arrays are on {device}"]
         reasons = integers_too_wide(problem)
-        for dtype in dict.fromkeys((problem.dtype, problem.dtype_kv)):
-            if dtype not in _DTYPES:
-                reasons.append(f"computes in float32, the arrays are {dtype}")
-        if problem.addressing == "paged" and (problem.program.factor or problem.dtype_kv != problem.dtype):
-            reasons.append("has no kernel for a cache of 8-bit floats yet")
+        if problem.dtype not in (*_DTYPES, *FLOATS8):
+            reasons.append(f"computes in float32, the arrays are {problem.dtype}")
         if max(problem.head_dim, problem.head_dim_v) > _GREATEST_DIM:
             reasons.append(f"head dims end at {_GREATEST_DIM}")
         return reasons
@@ -77,21 +75,28 @@ class Triton:
         launch_backward.restate(problem, lse, stats)
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
-        from anyflash.core.dtypes import ITEMSIZE
         from anyflash.kernels.triton import launch_decode, schedule
         from anyflash.kernels.triton.device import present
+        from anyflash.kernels.triton.narrow import narrow_of
         from anyflash.kernels.triton.precision import float32_products
 
-        arch, size = present(), ITEMSIZE[problem.dtype]
+        arch = present()
+        narrow = narrow_of(problem, arch)
+        size = narrow.itemsize(problem)
         found: dict[str, Any] = {"device": arch}
-        dims = problem.head_dim, problem.head_dim_v
+        dims, narrower = (problem.head_dim, problem.head_dim_v), problem.dtype_kv in FLOATS8
         few = tuple(launch_decode.kinds(problem)) if launch_decode.serves(problem) else ()
-        for part in () if problem.addressing == "paged" else schedule.PARTS:
+        for part in () if problem.addressing == "paged" else schedule.PARTS[: 1 if narrower else None]:
             if part != "forward" or not few:
-                found[part] = str(schedule.tiles(part, arch, *dims, size))
+                found[part] = str(schedule.tiles(part, arch, *dims, size, narrow.format != ""))
         for rows in few:
-            tiles, cut = schedule.decode_tiles(rows, arch, *dims, size), schedule.cut(rows, arch)
+            size = max(2, ITEMSIZE[problem.dtype])
+            tiles, cut = schedule.decode_tiles(rows, arch, *dims, size, narrower), schedule.cut(rows, arch)
             found[f"forward, {rows} rows"] = f"{tiles}, {cut}"
+        if few and narrower:
+            found["8-bit floats"] = "made float16, or the type of the queries"
+        elif narrower:
+            found["8-bit floats"] = "made float16" if narrow.format else "multiplied as they are, p in e4m3"
         if problem.dtype == "float32":
             found["float32 products"] = "{}, {}".format(*float32_products(arch))
         return found

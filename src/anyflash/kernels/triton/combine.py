@@ -1,7 +1,7 @@
 """Partial sums of the segments of one block of rows: kept, added up, written.
 
     M   = max m_i,  w_i = exp2((m_i - M) unit)          over the segments i, in their order
-    out = sum w_i acc_i / sum w_i l_i,  lse = M unit ln 2 + ln sum w_i l_i
+    out = factor sum w_i acc_i / sum w_i l_i,  lse = M unit ln 2 + ln sum w_i l_i
 
 A segment's sums are SIZE words: m and l of BLOCK_M rows, then acc in two pieces. Registers, in words a
 thread: CHUNK + 1 times BLOCK_M * DIM_V / threads, because the loads of CHUNK segments are under way at once.
@@ -91,13 +91,14 @@ def add_up(partial, segments, there, unit, SEGMENTS: tl.constexpr, CHUNK: tl.con
 
 
 @triton.jit
-def finish(out, lse, stats, acc_wide, acc_rest, m, l, places, there, unit, out_dim_step, plane,
+def finish(out, lse, stats, acc_wide, acc_rest, m, l, places, there, unit, factor, out_dim_step, plane,
            DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr):  # fmt: skip
     """A row that sees no key has l = 0: its acc is 0, its lse -inf, its stats (-inf, 0)."""
     out_places, lse_places, stats_places = places
     total = tl.where(l == 0.0, 1.0, l)
+    share = total / factor
     scattered(
-        out, acc_wide / total[:, None], acc_rest / total[:, None], out_places, there, out_dim_step,
+        out, acc_wide / share[:, None], acc_rest / share[:, None], out_places, there, out_dim_step,
         DIM_V, WIDE_V, REST_V,
     )  # fmt: skip
     tl.store(lse + lse_places, m * (unit * LN_2) + tl.log(total), mask=there)

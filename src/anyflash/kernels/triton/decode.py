@@ -1,6 +1,6 @@
 """Attention over a KV cache, and of few queries over many keys: one launch, split over keys.
 
-    s, m, p, l, acc        as in the forward, over the keys of one segment
+    s, m, p, l, acc        as in the forward, over the keys of one segment; 8-bit floats are widened first
 
 Rows of a tile are pairs of a query token and a head of one key head's group, r = token * group + member, so
 that every key is read once for all heads of a group. A program has BLOCK_M rows of one sequence and, with
@@ -35,6 +35,7 @@ import triton.language as tl
 
 from anyflash.kernels.triton.combine import add_up, finish, keep, meet
 from anyflash.kernels.triton.elementary import whole
+from anyflash.kernels.triton.narrow import widened
 from anyflash.kernels.triton.pages import gathered_pieces, lengths, within
 from anyflash.kernels.triton.sequences import held
 from anyflash.kernels.triton.tiles import any_odd
@@ -92,6 +93,7 @@ def decode(
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     SEGMENTS: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr, WAITS: tl.constexpr,
+    FACTOR: tl.constexpr = None, FORMAT_Q: tl.constexpr = "", FORMAT: tl.constexpr = "",
 ):  # fmt: skip
     """One program for each block of rows, segment (of `parts`), key head and sequence.
 
@@ -135,6 +137,14 @@ def decode(
                 q + entry * q_steps[0], row * q_steps[1] + wide_head * q_steps[2], there, q_steps[3],
                 DIM, WIDE, REST,
             )  # fmt: skip
+            if FORMAT_Q != "":
+                queries = (
+                    widened(queries[0], FORMAT_Q),
+                    widened(queries[1] if REST > 0 else queries[0], FORMAT_Q),
+                )
+            factor = 1.0
+            if FACTOR is not None:
+                factor = FACTOR(batch, head, tables)
             logit = tl.full([BLOCK_M], float("-inf"), tl.float32)
             if SINKS:
                 found = tl.load(sinks + head, mask=there, other=float("-inf")).to(tl.float32)
@@ -148,7 +158,7 @@ def decode(
             acc_wide, acc_rest, m, l = over_keys(
                 queries, rows, first_tile, end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables,
                 at, numbers, SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, SPLIT, False, PAGE, GATHER,
-                PRECISION, DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, STAGES,
+                PRECISION, DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, STAGES, FORMAT,
             )  # fmt: skip
             places = (
                 entry * out_steps[0] + row * out_steps[1] + wide_head * out_steps[2],
@@ -163,7 +173,7 @@ def decode(
                 alone = alone & (hidden == 0)
             if alone:
                 finish(
-                    out, lse, stats, acc_wide, acc_rest, m, l, places, there, unit, out_steps[3],
+                    out, lse, stats, acc_wide, acc_rest, m, l, places, there, unit, factor, out_steps[3],
                     stats_steps[0], DIM_V, WIDE_V, REST_V,
                 )  # fmt: skip
             if SPLIT:
@@ -179,7 +189,7 @@ def decode(
                                 tl.full([BLOCK_M], 1.0, tl.float32), queries, rows, first_tile, end_tile,
                                 tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
                                 SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION,
-                                DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N, WAITS,
+                                DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N, FORMAT, WAITS,
                             )  # fmt: skip
                     meet(WAITS)
                     arrived = tl.atomic_add(counters + instance, 1, sem="acq_rel", scope="gpu")
@@ -189,14 +199,14 @@ def decode(
                             partial, segments, there, unit, SEGMENTS, CHUNK, SIZE, WIDE_V, REST_V, BLOCK_M
                         )
                         finish(
-                            out, lse, stats, acc_wide, acc_rest, m, l, places, there, unit, out_steps[3],
-                            stats_steps[0], DIM_V, WIDE_V, REST_V,
+                            out, lse, stats, acc_wide, acc_rest, m, l, places, there, unit, factor,
+                            out_steps[3], stats_steps[0], DIM_V, WIDE_V, REST_V,
                         )  # fmt: skip
             elif HIDES:
                 if hidden:
                     mend(
-                        out, places[0], out_steps[3], tl.where(l == 0.0, 1.0, l), queries, rows, first_tile,
-                        end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
-                        SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION,
-                        DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N, WAITS,
+                        out, places[0], out_steps[3], tl.where(l == 0.0, 1.0, l) / factor, queries, rows,
+                        first_tile, end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables, at,
+                        numbers, SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER,
+                        PRECISION, DIM, WIDE, REST, DIM_V, BLOCK_M, BLOCK_N, FORMAT, WAITS,
                     )  # fmt: skip

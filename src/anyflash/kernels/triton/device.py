@@ -69,14 +69,14 @@ class Pointer:
         return self._address
 
 
-def pointer(view: View) -> Any:
-    """A kernel's argument for the memory of a view.
+def pointer(view: View, stored: str | None = None) -> Any:
+    """A kernel's argument for the memory of a view, as elements of type `stored` where that is given.
 
     Raises Unsupported if its elements do not lie at multiples of their size, where a GPU finds none.
     """
     import torch
 
-    dtype = getattr(torch, _STORED.get(view.dtype, view.dtype))
+    dtype = getattr(torch, stored or _STORED.get(view.dtype, view.dtype))
     assert view.ptr is not None
     if not interpreted():
         if view.ptr % view.itemsize:

@@ -4,7 +4,7 @@
     m   = max_k s                   in the unit of s
     p   = exp2((s - m) unit)        unit = log2 e, or scale log2 e
     l   = sum_k p,  acc = sum_k dropout(p) v
-    out = acc / l,  lse = m unit ln 2 + ln l,  stats = (m, log2 l)
+    out = factor acc / l,  lse = m unit ln 2 + ln l,  stats = (m, log2 l)
 
 m is subtracted before the factor, not folded into it: where scores are huge, a rounded product would not
 cancel.
@@ -25,6 +25,7 @@ import triton.language as tl
 
 from anyflash.kernels.triton.dropout import kept
 from anyflash.kernels.triton.elementary import whole
+from anyflash.kernels.triton.narrow import WEIGHT_UNIT
 from anyflash.kernels.triton.sequences import run_over_keys, sequence, which
 from anyflash.kernels.triton.tiles import add_product, any_odd, pieces, scores, store_pieces
 
@@ -39,7 +40,7 @@ def attend(
     DROPOUT: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of one run to `sums`: acc in two pieces, m, l."""
     acc_wide, acc_rest, m, l = sums
@@ -52,7 +53,9 @@ def attend(
     for tile in range(first_tile, end_tile):
         first_k = tile * BLOCK_N
         # (BLOCK_N, DIM)
-        k_wide, k_rest = pieces(k, first_k, k_len, k_steps[1], k_steps[3], MASKED, DIM, WIDE, REST, BLOCK_N)
+        k_wide, k_rest = pieces(
+            k, first_k, k_len, k_steps[1], k_steps[3], MASKED, DIM, WIDE, REST, BLOCK_N, FORMAT
+        )
         # (BLOCK_M, BLOCK_N)
         s = scores(q_wide, q_rest, k_wide, k_rest, REST, PRECISION)
         key = (first_k + tl.arange(0, BLOCK_N))[None, :]
@@ -70,17 +73,21 @@ def attend(
         l = l * shrink + tl.sum(p, 1)
         m = new_m
         if DROPOUT:
-            p = tl.where(
-                kept(seed, batch, head, rows, first_k, threshold, BLOCK_M, BLOCK_N), p * keep_scale, 0.0
-            )
+            # In e4m3 it would leave the range: there the whole sum is scaled.
+            scaled = p if NARROW else p * keep_scale
+            p = tl.where(kept(seed, batch, head, rows, first_k, threshold, BLOCK_M, BLOCK_N), scaled, 0.0)
         # (BLOCK_N, DIM_V)
         v_wide, v_rest = pieces(
-            v, first_k, k_len, v_steps[1], v_steps[3], MASKED, DIM_V, WIDE_V, REST_V, BLOCK_N
+            v, first_k, k_len, v_steps[1], v_steps[3], MASKED, DIM_V, WIDE_V, REST_V, BLOCK_N, FORMAT
         )
         seen = s != float("-inf")
-        acc_wide = add_product(acc_wide * shrink[:, None], p, v_wide, seen, PRECISION, CAREFUL)
+        acc_wide = add_product(
+            acc_wide * shrink[:, None], p, v_wide, seen, PRECISION, CAREFUL, FORMAT, NARROW
+        )
         if REST_V > 0:
-            acc_rest = add_product(acc_rest * shrink[:, None], p, v_rest, seen, PRECISION, CAREFUL)
+            acc_rest = add_product(
+                acc_rest * shrink[:, None], p, v_rest, seen, PRECISION, CAREFUL, FORMAT, NARROW
+            )
         else:
             acc_rest = acc_wide
     return acc_wide, acc_rest, m, l
@@ -93,7 +100,7 @@ def over_keys(
     MASK: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, CAREFUL: tl.constexpr,
     PRECISION: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """acc in two pieces, m and l of one block of rows over all keys."""
     acc_wide = tl.zeros([BLOCK_M, WIDE_V], tl.float32)
@@ -116,14 +123,14 @@ def over_keys(
             acc_wide, acc_rest, m, l = attend(
                 (acc_wide, acc_rest, m, l), queries, tile, end, k, v, k_steps, v_steps, tables, first_row, at,
                 numbers, SCORE, ALLOWED, IDENTITY, True, DROPOUT, CAREFUL, PRECISION,
-                DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
+                DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, FORMAT, NARROW,
             )  # fmt: skip
         if not CAREFUL:
             if kind == 2:
                 acc_wide, acc_rest, m, l = attend(
                     (acc_wide, acc_rest, m, l), queries, tile, end, k, v, k_steps, v_steps, tables, first_row,
                     at, numbers, SCORE, ALLOWED, IDENTITY, False, DROPOUT, False, PRECISION,
-                    DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
+                    DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, FORMAT, NARROW,
                 )  # fmt: skip
         tile = end
     return acc_wide, acc_rest, m, l
@@ -141,6 +148,7 @@ def forward(
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FACTOR: tl.constexpr = None, FORMAT: tl.constexpr = "", NARROW: tl.constexpr = False,
 ):  # fmt: skip
     """One program for each block of rows, head and batch entry.
 
@@ -169,18 +177,23 @@ def forward(
         at = (batch, head, q_len, k_len)
         numbers = (scale, unit, seed, threshold, keep_scale)
         # (BLOCK_M, DIM)
-        queries = pieces(q, first_row, q_len, q_steps[1], q_steps[3], True, DIM, WIDE, REST, BLOCK_M)
+        queries = pieces(q, first_row, q_len, q_steps[1], q_steps[3], True, DIM, WIDE, REST, BLOCK_M, FORMAT)
         acc_wide, acc_rest, m, l = over_keys(
             queries, k, v, k_steps, v_steps, tables, sinks, first_row, at, numbers,
             SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, SINKS, DROPOUT, CAREFUL, PRECISION,
-            DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N,
+            DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, FORMAT, NARROW,
         )  # fmt: skip
         if not CAREFUL:
             tl.store(odd + tl.program_id(0), any_odd(acc_wide, acc_rest, REST_V))
         # A row that sees no key has l = 0: its acc is 0, its lse -inf, its stats (-inf, 0).
         total = tl.where(l == 0.0, 1.0, l)
+        share = total
+        if NARROW:
+            share = total * (WEIGHT_UNIT / keep_scale if DROPOUT else WEIGHT_UNIT)
+        if FACTOR is not None:
+            share = share / FACTOR(batch, head, tables)
         store_pieces(
-            out, acc_wide / total[:, None], acc_rest / total[:, None], first_row, q_len,
+            out, acc_wide / share[:, None], acc_rest / share[:, None], first_row, q_len,
             out_steps[1], out_steps[3], DIM_V, WIDE_V, REST_V, BLOCK_M,
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_M)

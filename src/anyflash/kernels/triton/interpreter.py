@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from anyflash.semantics.arrays import numpy_dtype
+
 _done = False
+# Where 8-bit floats end; what lies beyond becomes this on a device.
+_GREATEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
 
 def mend() -> None:
@@ -27,16 +31,39 @@ def mend() -> None:
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     own_cast, own_binary, own_unary = builder.cast_impl, builder.binary_op, builder.unary_op
+    own_fp_to_fp = builder.create_fp_to_fp
     own_patch = interpreter._patch_lang_tensor
 
     def is_bfloat16(operand: Any) -> bool:
         return bool(operand.dtype.scalar == tl.bfloat16)
 
     def create_dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, imprecise: Any) -> Any:
-        x, y = (widened(t.data) if is_bfloat16(t) else t.data for t in (a, b))
+        x, y = (widened(t.data) if is_bfloat16(t) else of_eight_bits(t) for t in (a, b))
         with np.errstate(all="ignore"):
             found = np.matmul(x.astype(np.float64), y.astype(np.float64)).astype(acc.data.dtype) + acc.data
         return handle(found.astype(acc.data.dtype), acc.dtype.scalar)
+
+    def narrow_type(dtype: Any) -> Any:
+        """numpy's type of an 8-bit float that anyflash stores, else None."""
+        names = {tl.float8e4nv: "float8_e4m3fn", tl.float8e5: "float8_e5m2"}
+        return numpy_dtype(names[dtype.scalar]) if dtype.scalar in names else None
+
+    def of_eight_bits(operand: Any) -> Any:
+        kind = narrow_type(operand.dtype)
+        return operand.data if kind is None else operand.data.view(kind).astype(np.float32)
+
+    def fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        before, after = narrow_type(source.dtype), narrow_type(target)
+        if before is None and after is None:
+            return own_fp_to_fp(self, source, target, rounding)
+        if before is not None:
+            source = handle(of_eight_bits(source), tl.float32)
+        if after is None:
+            return self.cast_impl(source, target)
+        wide = source.data.astype(np.float32)
+        top = np.float32(_GREATEST[after.name])
+        held = np.where(np.isfinite(wide), np.clip(wide, -top, top), wide).astype(after)
+        return handle(held.view(np.uint8), target.scalar)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         before, after = source.dtype.scalar, target.scalar
@@ -71,7 +98,7 @@ def mend() -> None:
             tensor.__index__ = as_index
         return result
 
-    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, fp_to_fp
     builder.binary_op, builder.unary_op = binary_op, unary_op
     interpreter._patch_lang_tensor = patch_tensor
 

@@ -16,6 +16,7 @@ from anyflash.core.view import View
 from anyflash.kernels.triton import forward as forward_kernels
 from anyflash.kernels.triton import prepare, schedule
 from anyflash.kernels.triton.device import architecture, current, empty, pointer, steps
+from anyflash.kernels.triton.narrow import Narrow, narrow_of
 from anyflash.kernels.triton.precision import float32_products
 from anyflash.kernels.triton.program import Functions, functions
 from anyflash.kernels.triton.vectors import neighbours
@@ -43,13 +44,13 @@ def forward(
             fill_rows_of_no_sequence(call, results)
         if not problem.batch or not problem.seqlen_q:
             return
-        tiles = tiles or call.tiles("forward")
+        tiles, made = tiles or call.tiles("forward"), call.functions
         call.launch(
             forward_kernels.forward,
             call.row_blocks(tiles.block_m),
             problem.heads_q,
             tiles,
-            [pointer(view) for view in (operands.q, operands.k, operands.v)]
+            call.narrow.pointers(operands)
             + [pointer(view) for view in (results.out, results.lse, results.stats)],
             [
                 *call.shared_arrays(),
@@ -57,7 +58,8 @@ def forward(
                 _lse_steps(problem, steps(results.lse)),
                 _stats_steps(problem, steps(results.stats)),
             ],
-            {"SCORE": call.functions.final_score, "SINKS": problem.program.sinks},
+            {"SCORE": made.final_score, "FACTOR": made.factor, "SINKS": problem.program.sinks}
+            | call.narrow.constants(),
             odd,
         )
 
@@ -77,7 +79,10 @@ class Call:
         self.device: Device = operands.q.device
         program = problem.program
         self.functions: Functions = functions(
-            program.score, program.mask, tuple(spec.dtype for spec in problem.tables)
+            program.score,
+            program.mask,
+            tuple(spec.dtype for spec in problem.tables),
+            factor=program.factor,
         )
         self.identity, self.unit = unit(problem)
         self.hides = self.functions.masked or not self.functions.identity
@@ -101,6 +106,8 @@ class Call:
         odd = empty((programs,), self.device, "int32") if plain else odd
         constants = formulas | self.constants(tiles)
         for careful in (False, True) if plain and self.hides else (not plain,):
+            if careful:
+                arrays, constants = self._carefully(arrays, constants)
             kernel[(programs,)](
                 *arrays,
                 odd,
@@ -113,6 +120,13 @@ class Call:
                 num_warps=tiles.warps,
                 num_stages=1 if careful else tiles.stages,
             )
+
+    def _carefully(self, arrays: list[Any], constants: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """What a careful launch has in place of these."""
+        narrow = self.narrow.careful(self.problem.dtype)
+        if narrow == self.narrow:
+            return arrays, constants
+        return [*narrow.pointers(self.operands), *arrays[3:]], constants | narrow.constants()
 
     def row_blocks(self, block: int) -> tuple[int, int]:
         """Blocks of rows that a head has, and batch entries of a grid. Packed, the first is of all
@@ -129,8 +143,13 @@ class Call:
         return _blocks(problem.seqlen_k, block), problem.batch
 
     def tiles(self, part: schedule.Part) -> schedule.Tiles:
-        problem, size = self.problem, self.operands.q.itemsize
-        return schedule.tiles(part, architecture(self.device), problem.head_dim, problem.head_dim_v, size)
+        problem, narrow = self.problem, self.narrow
+        sizes = problem.head_dim, problem.head_dim_v, narrow.itemsize(problem)
+        return schedule.tiles(part, architecture(self.device), *sizes, narrow.format != "")
+
+    @cached_property
+    def narrow(self) -> Narrow:
+        return narrow_of(self.problem, architecture(self.device))
 
     def shared_arrays(self) -> list[Any]:
         """sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables."""
@@ -170,7 +189,7 @@ class Call:
 
     def constants(self, tiles: schedule.Tiles) -> dict[str, Any]:
         problem, found = self.problem, self.functions
-        wide, rest = schedule.split(problem.head_dim)
+        wide, rest = schedule.split(problem.head_dim, self.narrow.least)
         wide_v, rest_v = schedule.split(problem.head_dim_v)
         return {
             "ALLOWED": found.allowed,

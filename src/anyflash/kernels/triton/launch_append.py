@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from anyflash.core.dtypes import FLOATS8
+from anyflash.core.errors import Unsupported
 from anyflash.core.view import View
 from anyflash.kernels.triton import append as kernels
 from anyflash.kernels.triton.device import current, empty, pointer, steps
+from anyflash.kernels.triton.narrow import bits
 from anyflash.kernels.triton.vectors import neighbours
 from anyflash.semantics.addressing import INT32_MAX
 from anyflash.semantics.cache import CacheCall
@@ -25,6 +28,12 @@ _TILE = 1024
 def append(problem: Problem, call: CacheCall, turned: View | None) -> Operands:
     """As `Backend.append` says. Lengths that were read stay what they are."""
     operands = call.operands
+    if call.rotary is not None and problem.dtype_kv in FLOATS8:
+        raise Unsupported(
+            f"rotary embedding of keys for a cache in {problem.dtype_kv}",
+            {"triton": ["keys that are 8-bit floats already are not turned"]},
+            "Turn queries and new keys before they are rounded",
+        )
     with current(operands.q.device):
         counts = None
         if call.placement is None:
@@ -55,9 +64,9 @@ def _launch(
         return
     kernels.append[(grid,)](
         _pointer(counts),
-        () if new is None else (pointer(new[0]), pointer(new[1])),
-        (pointer(operands.k), pointer(operands.v)),
-        pointer(operands.q),
+        () if new is None else (bits(new[0]), bits(new[1])),
+        (bits(operands.k), bits(operands.v)),
+        bits(operands.q),
         _pointer(turned),
         _pointer(operands.cu_seqlens_q),
         _pointer(starts_new),

@@ -22,6 +22,7 @@ from anyflash.kernels.triton.launch import (
     _stats_steps,
     fill_rows_of_no_sequence,
 )
+from anyflash.kernels.triton.narrow import bits, format_of
 from anyflash.kernels.triton.vectors import neighbours
 from anyflash.kernels.triton.workspace import counters
 from anyflash.semantics.expr import Expr
@@ -43,8 +44,6 @@ def serves(problem: Problem) -> bool:
         and 0 < problem.seqlen_q * problem.group <= most
         and problem.seqlen_k >= schedule.DECODE_KEYS
         and not problem.program.dropout_p
-        and problem.program.factor is None
-        and problem.dtype_kv == problem.dtype
     )
 
 
@@ -72,7 +71,8 @@ def kinds(problem: Problem) -> Iterator[schedule.Rows]:
 def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     problem, operands = call.problem, call.operands
     arch = architecture(call.device)
-    chosen = schedule.decode_constants(rows, arch, problem.head_dim, problem.head_dim_v, operands.q.itemsize)
+    narrow, dims = format_of(problem.dtype_kv), (problem.head_dim, problem.head_dim_v)
+    chosen = schedule.decode_constants(rows, arch, *dims, max(2, operands.q.itemsize), narrow != "")
     block_m, split = chosen["BLOCK_M"], bool(chosen["SPLIT"])
     below, most = schedule.ROWS[rows]
     blocks, entries = _blocks(min(problem.seqlen_q * problem.group, most), block_m), problem.batch
@@ -97,7 +97,7 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     masked = call.functions.masked
     trim = masked and not headed and not _loads_along_keys(mask)
     kernels.decode[(programs * parts,)](
-        *[pointer(view) for view in (operands.q, operands.k, operands.v)],
+        *[bits(view) for view in (operands.q, operands.k, operands.v)],
         *[pointer(view) for view in (results.out, results.lse, results.stats)],
         empty((kept * parts * schedule.segment_words(chosen),), call.device),
         counters(kept, call.device) if split else None,
@@ -143,6 +143,9 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         GATHER=gather,
         PRECISION=call.precision(),
         **chosen,
+        FACTOR=call.functions.factor,
+        FORMAT_Q=format_of(problem.dtype),
+        FORMAT=narrow,
     )
 
 

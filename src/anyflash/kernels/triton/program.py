@@ -3,6 +3,7 @@
     final_score(score, at...)     the score program
     slope(score, at...)           its derivative by the score
     allowed(at...)                the mask
+    factor(batch, head, tables)   what out is multiplied by; None for nothing
     tile_class(ends...)           EMPTY, PARTIAL or FULL of a tile, without its edges
     slope_of_J(score, at...)      the derivative by load J of the table whose gradient is wanted, and
     place_of_J(at...)             the element it goes to, as an offset into the gradient
@@ -65,13 +66,18 @@ class Functions:
     identity: bool
     masked: bool
     loads: tuple[tuple[tuple[Any, Any], ...], ...]
+    factor: Any = None
 
 
 @lru_cache(maxsize=256)
 def functions(
-    score: str | None, mask: str | None, dtypes: tuple[str, ...], dialect: Dialect = "triton"
+    score: str | None,
+    mask: str | None,
+    dtypes: tuple[str, ...],
+    dialect: Dialect = "triton",
+    factor: str | None = None,
 ) -> Functions:
-    """The functions of two expression texts; `dtypes` are those of the tables, by slot."""
+    """The functions of a program's expression texts; `dtypes` are those of the tables, by slot."""
     tables = tuple(TableSpec(dtype, ()) for dtype in dtypes)
     formula, condition = parse(score or "score"), parse(mask or "true")
     parts = [_HEADS[dialect]]
@@ -79,6 +85,8 @@ def functions(
     parts.append(_function("slope", f"score, {_AT}", tables, derivative(formula)))
     parts.append(_function("allowed", _AT, tables, condition))
     parts.append(_class_function(tables, condition))
+    if factor is not None:
+        parts.append(_function("factor", "batch, head, tables", tables, parse(factor)))
     loads: list[list[tuple[str, str]]] = []
     for slot in range(len(tables)):
         names: list[tuple[str, str]] = []
@@ -97,6 +105,7 @@ def functions(
         score is None,
         mask is not None,
         tuple(tuple((made[a], made[b]) for a, b in names) for names in loads),
+        made.get("factor"),
     )
 
 

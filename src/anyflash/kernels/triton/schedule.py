@@ -68,6 +68,11 @@ _TABLES: dict[Part, tuple[tuple[int, tuple[Tiles, ...]], ...]] = {
         (1024, (Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))),
     ),
 }
+# The forward where 8-bit floats are made float16, which takes registers.
+_WIDENED: tuple[tuple[int, tuple[Tiles, ...]], ...] = (
+    (128, (Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 1))),
+    *_TABLES["forward"][2:],
+)
 
 Rows = Literal["few", "some", "many"]
 # Rows (query tokens times heads of a group) of a sequence over a cache: more than the first, at most the
@@ -115,17 +120,26 @@ _DECODE_TABLES: dict[Rows, tuple[tuple[int, tuple[Tiles, ...]], ...]] = {
         (1024, (Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))),
     ),
 }
+# Where 8-bit floats of a cache are widened.
+_WIDENED_DECODE: dict[Rows, tuple[tuple[int, tuple[Tiles, ...]], ...]] = {
+    "few": ((128, (Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 1))), *_DECODE_TABLES["few"][1:]),
+    "some": ((128, (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1))), *_DECODE_TABLES["some"][1:]),
+    "many": ((128, (Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 1))), *_DECODE_TABLES["many"][1:]),
+}
 
 
 def cut(rows: Rows, arch: str) -> Cut:
     return (_INTERPRETED_CUTS if arch == "interpreter" else _CUTS)[rows]
 
 
-def decode_tiles(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int) -> Tiles:
+def decode_tiles(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int, widened: bool = False) -> Tiles:
     """The configuration of the kernel of sequences over a cache, by how many rows they have."""
     if arch == "interpreter":
         return _INTERPRETED_DECODE[rows]
-    return _fitting(_DECODE_TABLES[rows], f"decode_{rows}", "forward", arch, dim, dim_v, itemsize)
+    table, name = _DECODE_TABLES[rows], f"decode_{rows}"
+    if widened:
+        table, name = _WIDENED_DECODE[rows], f"{name}_widened"
+    return _fitting(table, name, "forward", arch, dim, dim_v, itemsize)
 
 
 def limit(arch: str) -> int:
@@ -133,10 +147,12 @@ def limit(arch: str) -> int:
     return SHARED_BYTES.get(arch, _SMALLEST)
 
 
-def decode_constants(rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int) -> dict[str, int]:
+def decode_constants(
+    rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int, widened: bool = False
+) -> dict[str, int]:
     """All constants of the kernel that follow from the device and the dims. CHUNK segments are added up at
     once."""
-    chosen, shared_out = decode_tiles(rows, arch, dim, dim_v, itemsize), cut(rows, arch)
+    chosen, shared_out = decode_tiles(rows, arch, dim, dim_v, itemsize, widened), cut(rows, arch)
     (wide, rest), (wide_v, rest_v) = split(dim), split(dim_v)
     found = {
         "DIM": dim,
@@ -164,11 +180,11 @@ def segment_words(constants: dict[str, int]) -> int:
     return constants["BLOCK_M"] * (2 + constants["WIDE_V"] + constants["REST_V"])
 
 
-def split(dim: int) -> tuple[int, int]:
+def split(dim: int, least: int = 16) -> tuple[int, int]:
     """The two pieces of a row of `dim` elements: a power of two, and the smallest that covers the rest."""
-    wide = max(16, 1 << (dim.bit_length() - 1))
+    wide = max(least, 1 << (dim.bit_length() - 1))
     rest = dim - wide
-    return (wide, 0) if rest <= 0 else (wide, max(16, 1 << (rest - 1).bit_length()))
+    return (wide, 0) if rest <= 0 else (wide, max(least, 1 << (rest - 1).bit_length()))
 
 
 def classes(part: Part) -> tuple[int, ...]:
@@ -180,10 +196,13 @@ def padded(dim: int) -> int:
     return sum(split(dim))
 
 
-def tiles(part: Part, arch: str, dim: int, dim_v: int, itemsize: int) -> Tiles:
-    """The configuration of a kernel on a device of architecture `arch` ("sm_90", "gfx942", "interpreter")."""
+def tiles(part: Part, arch: str, dim: int, dim_v: int, itemsize: int, widened: bool = False) -> Tiles:
+    """The configuration of a kernel on a device of architecture `arch` ("sm_90", "gfx942", "interpreter");
+    `widened` where its 8-bit floats are made float16."""
     if arch == "interpreter":
         return INTERPRETED
+    if widened:
+        return _fitting(_WIDENED, f"{part}_widened", part, arch, dim, dim_v, itemsize)
     return _fitting(_TABLES[part], part, part, arch, dim, dim_v, itemsize)
 
 

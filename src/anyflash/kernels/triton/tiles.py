@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 
 from anyflash.kernels.triton.elementary import whole
+from anyflash.kernels.triton.narrow import rounded, widened
 
 
 @triton.jit
 def piece(base, first_row, end_row, row_step, dim_step, EDGE: tl.constexpr, FIRST: tl.constexpr,
-          WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """(ROWS, WIDTH): rows from first_row and columns from FIRST; 0 past DIM, and past end_row if EDGE."""
+          WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr = ""):  # fmt: skip
+    """(ROWS, WIDTH): rows from first_row and columns from FIRST; 0 past DIM, and past end_row if EDGE. FORMAT
+    is that of 8-bit floats to be widened."""
     rows = tl.arange(0, ROWS)
     columns = FIRST + tl.arange(0, WIDTH)
     # The tile's corner in 64 bits; within a tile 32 are enough.
@@ -34,17 +36,20 @@ def piece(base, first_row, end_row, row_step, dim_step, EDGE: tl.constexpr, FIRS
         found = tl.load(at, mask=(columns < DIM)[None, :], other=0.0)
     else:
         found = tl.load(at)
+    if FORMAT != "":
+        found = widened(found, FORMAT)
     return found
 
 
 @triton.jit
 def pieces(base, first_row, end_row, row_step, dim_step, EDGE: tl.constexpr, DIM: tl.constexpr,
-           WIDE: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+           WIDE: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+           FORMAT: tl.constexpr = ""):  # fmt: skip
     """Both pieces of (ROWS, DIM)."""
-    wide = piece(base, first_row, end_row, row_step, dim_step, EDGE, 0, WIDE, DIM, ROWS)
+    wide = piece(base, first_row, end_row, row_step, dim_step, EDGE, 0, WIDE, DIM, ROWS, FORMAT)
     rest = wide
     if REST > 0:
-        rest = piece(base, first_row, end_row, row_step, dim_step, EDGE, WIDE, REST, DIM, ROWS)
+        rest = piece(base, first_row, end_row, row_step, dim_step, EDGE, WIDE, REST, DIM, ROWS, FORMAT)
     return wide, rest
 
 
@@ -82,20 +87,27 @@ def finite(values):
 
 
 @triton.jit
-def add_product(total, weights, values, seen, PRECISION: tl.constexpr, CAREFUL: tl.constexpr):
-    """total + weights . values, the weights rounded to the type of the values.
+def add_product(total, weights, values, seen, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+                FORMAT: tl.constexpr = "", NARROW: tl.constexpr = False):  # fmt: skip
+    """total + weights . values, the weights rounded to the type of the values, or with NARROW as `rounded`.
 
     Where nothing is seen the weight is 0, and 0 times a NaN or an infinity would still be NaN. CAREFUL lets
     only those rows have it that see such a value. It costs two products and many registers more, so it is a
     launch of its own, in which only those blocks do anything whose plain sums came out infinite or NaN.
     """
-    w = weights.to(values.dtype)
+    if NARROW:
+        w = rounded(weights, FORMAT)
+    else:
+        w = weights.to(values.dtype)
     if CAREFUL:
         clean = tl.dot(w, tl.where(finite(values), values, 0.0), total, input_precision=PRECISION)
         # 0 and 1 are exact in any type, so that tensor cores may count.
         odd = tl.where(finite(values), 0.0, 1.0).to(values.dtype)
         reached = tl.dot(tl.where(seen, 1.0, 0.0).to(values.dtype), odd, input_precision=PRECISION)
         total = tl.where(reached > 0, total + tl.dot(w, values, input_precision=PRECISION), clean)
+    elif NARROW:
+        # Hopper's 8-bit products keep 14 bits of a running sum: a tile is summed by itself.
+        total = tl.dot(w, values, total, max_num_imprecise_acc=values.shape[0])
     else:
         total = tl.dot(w, values, total, input_precision=PRECISION)
     return total

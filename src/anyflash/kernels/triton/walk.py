@@ -5,7 +5,8 @@
 
 Rows are pairs of a token and a head, so that `token` and `head` are columns (BLOCK_M, 1) where the forward
 has rows of one head. Keys are walked in runs of tiles of one class, as there; `pages` finds them. Sums that
-came out infinite or NaN where keys may be hidden are mended by a second walk, few columns at a time.
+came out infinite or NaN where keys may be hidden are mended by a second walk, few columns at a time. 8-bit
+floats of a cache are made the type of the queries.
 
 Registers, in words a thread: acc BLOCK_M * DIM_V / threads, s and p BLOCK_M * BLOCK_N / threads, mending
 4 BLOCK_M * MENDED / threads in place of acc.
@@ -19,6 +20,7 @@ import triton.language as tl
 from anyflash.kernels.triton.combine import meet
 from anyflash.kernels.triton.elementary import whole
 from anyflash.kernels.triton.forward import LOG2_E
+from anyflash.kernels.triton.narrow import beside
 from anyflash.kernels.triton.pages import keys_at, scattered, spot
 from anyflash.kernels.triton.tiles import add_product, scores
 
@@ -94,7 +96,7 @@ def attend(
     CAREFUL: tl.constexpr, PAGE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of one run to `sums`: acc in two pieces, m, l."""
     acc_wide, acc_rest, m, l = sums
@@ -110,6 +112,7 @@ def attend(
         k_wide, k_rest = keys_at(
             k, page, slot, there, k_len - first_k, k_steps, MASKED, GATHER, DIM, WIDE, REST, BLOCK_N
         )
+        k_wide, k_rest = beside(k_wide, k_rest, q_wide, REST, FORMAT)
         # (BLOCK_M, BLOCK_N)
         s = scores(q_wide, q_rest, k_wide, k_rest, REST, PRECISION)
         key = (first_k + tl.arange(0, BLOCK_N))[None, :]
@@ -130,6 +133,7 @@ def attend(
         v_wide, v_rest = keys_at(
             v, page, slot, there, k_len - first_k, v_steps, MASKED, GATHER, DIM_V, WIDE_V, REST_V, BLOCK_N
         )
+        v_wide, v_rest = beside(v_wide, v_rest, q_wide, REST_V, FORMAT)
         seen = s != float("-inf")
         acc_wide = add_product(acc_wide * shrink[:, None], p, v_wide, seen, PRECISION, CAREFUL)
         if REST_V > 0:
@@ -147,7 +151,7 @@ def over_keys(
     PAGE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """acc in two pieces, m and l of one block of rows over some tiles of keys.
 
@@ -168,14 +172,14 @@ def over_keys(
             acc_wide, acc_rest, m, l = attend(
                 (acc_wide, acc_rest, m, l), queries, rows, tile, stop, k, v, cache, k_steps, v_steps, tables,
                 at, numbers, SCORE, ALLOWED, IDENTITY, True, CAREFUL, PAGE, GATHER, PRECISION,
-                DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, STAGES,
+                DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, STAGES, FORMAT,
             )  # fmt: skip
         if not EDGED:
             if kind == 2:
                 acc_wide, acc_rest, m, l = attend(
                     (acc_wide, acc_rest, m, l), queries, rows, tile, stop, k, v, cache, k_steps, v_steps,
                     tables, at, numbers, SCORE, ALLOWED, IDENTITY, False, False, PAGE, GATHER, PRECISION,
-                    DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, STAGES,
+                    DIM, WIDE, REST, DIM_V, WIDE_V, REST_V, BLOCK_M, BLOCK_N, STAGES, FORMAT,
                 )  # fmt: skip
         tile = stop
     return acc_wide, acc_rest, m, l
@@ -188,13 +192,14 @@ def mend_columns(
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr,
     MASK: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, GATHER: tl.constexpr,
     PRECISION: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MENDED: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr,
+    MENDED: tl.constexpr,
 ):  # fmt: skip
     """DIM_V columns of the sums, from `column` on, at most MENDED."""
     acc, _, _, _ = over_keys(
         queries, rows, first_tile, end_tile, tokens, logit, k, v + whole(column) * v_steps[3], cache,
         k_steps, v_steps, tables, at, numbers, SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, True, True,
-        PAGE, GATHER, PRECISION, DIM, WIDE, REST, DIM_V, MENDED, 0, BLOCK_M, BLOCK_N, 1,
+        PAGE, GATHER, PRECISION, DIM, WIDE, REST, DIM_V, MENDED, 0, BLOCK_M, BLOCK_N, 1, FORMAT,
     )  # fmt: skip
     there = tl.reshape(rows[2], [BLOCK_M])
     acc = acc / total[:, None]
@@ -208,7 +213,8 @@ def mend(
     SCORE: tl.constexpr, ALLOWED: tl.constexpr, TILE_CLASS: tl.constexpr, IDENTITY: tl.constexpr,
     MASK: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, GATHER: tl.constexpr,
     PRECISION: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAITS: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr,
+    WAITS: tl.constexpr,
     MENDED: tl.constexpr = 16,
 ):  # fmt: skip
     """Overwrite acc / total at `places` of `target`: only rows that see an infinite value or a NaN have it.
@@ -224,12 +230,12 @@ def mend(
             target, places, dim_step, none + part * MENDED, total, queries, rows, first_tile, end_tile,
             tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
             SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION, DIM, WIDE, REST,
-            MENDED, BLOCK_M, BLOCK_N, MENDED,
+            MENDED, BLOCK_M, BLOCK_N, FORMAT, MENDED,
         )  # fmt: skip
     if DIM_V % MENDED > 0:
         mend_columns(
             target, places, dim_step, none + DIM_V // MENDED * MENDED, total, queries, rows, first_tile,
             end_tile, tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
             SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION, DIM, WIDE, REST,
-            DIM_V % MENDED, BLOCK_M, BLOCK_N, MENDED,
+            DIM_V % MENDED, BLOCK_M, BLOCK_N, FORMAT, MENDED,
         )  # fmt: skip
