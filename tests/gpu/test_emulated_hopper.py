@@ -29,6 +29,7 @@ from anyflash.contract.poison import Layout
 from anyflash.contract.rules import MASKS, Causal, Dense, Window
 from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
 from anyflash.kernels.gluon.versions import unsupported
+from anyflash.kernels.triton import launch as portable
 from gpu import emulated
 
 LENGTHS = Packed((70, 0, 200, 3), (70, 33, 150, 0))
@@ -144,6 +145,29 @@ def test_stats_serve_the_portable_backward(monkeypatch: pytest.MonkeyPatch) -> N
     found, wanted = (direct.attend(name, q, k, v, dout=dout, causal=True) for name in ("hopper", "reference"))
     for name in ("dq", "dk", "dv"):
         assert close(getattr(found, name), getattr(wanted, name))
+
+
+def test_nan_in_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that some rows see and others do not: only the former may learn of its NaN, and only blocks that
+    such a key reaches are computed again, not those of rows without keys."""
+    emulated.install(monkeypatch)
+    repaired: list[np.ndarray] = []
+    own = portable.forward
+
+    def noted(problem: Any, operands: Any, results: Any, tiles: Any, odd: Any) -> None:
+        repaired.append(odd.numpy().copy())
+        own(problem, operands, results, tiles, odd)
+
+    monkeypatch.setattr(portable, "forward", noted)
+    q, k, v = arrays((1, 300, 1, 64), (1, 200, 1, 64), (1, 200, 1, 64))
+    clean = direct.attend("hopper", q, k, v, causal=True)
+    k[0, 150] = v[0, 150] = np.nan
+    dirty = direct.attend("hopper", q, k, v, causal=True)
+    np.testing.assert_array_equal(dirty.out[:, :128], clean.out[:, :128])
+    assert close(dirty.out[:, 128:250], clean.out[:, 128:250])
+    assert np.isnan(dirty.out[:, 250:]).all()
+    # The last rows first, as the careful launch has them: from row 128 on blocks read key 150.
+    assert [odd.tolist() for odd in repaired] == [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
 
 
 def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
