@@ -105,17 +105,25 @@ def _() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 6, h, 16).to(torch.float8_e4m3fn) for h in (4, 2, 2))
     factors = [torch.rand(2, 2) + 0.5 for _ in range(3)]
+    ours = dict(zip(("descale_q", "descale_k", "descale_v"), factors, strict=True))
+    theirs = dict(zip(("q_descale", "k_descale", "v_descale"), factors, strict=True))
     out = generation3.flash_attn_func(q, k, v, None, False, None, *factors)
     assert out.dtype is torch.bfloat16
+    assert torch.equal(out, anyflash.attention(q, k, v, **ours))
     by_head = [f.repeat_interleave(n, 1)[:, None, :, None] for f, n in zip(factors, (2, 1, 1), strict=True)]
-    wide = [x.float() * f for x, f in zip((q, k, v), by_head, strict=True)]
-    assert torch.equal(out, anyflash.attention(*wide).bfloat16())
+    wide = anyflash.attention(*(x.float() * f for x, f in zip((q, k, v), by_head, strict=True)))
+    torch.testing.assert_close(out.float(), wide, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-2)
     starts = torch.tensor([0, 6, 12], dtype=torch.int32)
     rows = [x.flatten(0, 1) for x in (q, k, v)]
-    flat = generation3.flash_attn_varlen_func(
-        *rows, starts, starts, 6, 6, q_descale=factors[0], k_descale=factors[1], v_descale=factors[2]
-    )
+    flat = generation3.flash_attn_varlen_func(*rows, starts, starts, 6, 6, **theirs)
     assert torch.equal(flat, out.flatten(0, 1))
+    used = torch.tensor([6, 4], dtype=torch.int32)
+    cached = generation3.flash_attn_with_kvcache(q[:, -1:], k, v, cache_seqlens=used, causal=True, **theirs)
+    wanted = anyflash.attention_kvcache(q[:, -1:], anyflash.KVCache(k, v, used), causal=True, **ours)
+    assert torch.equal(cached, wanted)
+    other = [x.float().to(torch.float8_e4m3fnuz) for x in (q, k, v)]
+    amd = generation3.flash_attn_func(*other)
+    assert torch.equal(amd, anyflash.attention(*(x.float() for x in other)).bfloat16())
     half = q.half(), k.half(), v.half()
     assert torch.equal(
         generation3.flash_attn_func(*half, q_descale=factors[0]), generation3.flash_attn_func(*half)

@@ -105,7 +105,7 @@ UNSUPPORTED: list[tuple[str, Callable[[], object]]] = [
     ("aux_scalars", lambda: cute.flash_attn_func(Q, K, V, aux_scalars=(1,))),
     ("score_mod", lambda: cute.flash_attn_func(Q, K, V, score_mod=lambda s, *_: s, softcap=1.0)),
     ("qv", lambda: generation3.flash_attn_with_kvcache(Q, K, V, qv=Q)),
-    ("q=torch.float8", lambda: generation3.flash_attn_with_kvcache(Q.to(torch.float8_e5m2), K, V)),
+    ("q=torch.float8", lambda: generation3.flash_attn_with_kvcache(Q.to(torch.float8_e5m2fnuz), K, V)),
     ("k_new", lambda: generation3._flash_attn_forward(Q, K, V, k_new=K)),
     ("process_group", lambda: cross_entropy.CrossEntropyLoss(process_group=object())),
     ("ParallelMHA", lambda: mha.ParallelMHA(64, 4, None)),

@@ -55,6 +55,8 @@ class Terms:
     sinks: Tensor | None = None
     shifted: bool = False
     """ALiBi is reported in lse as flash_attn's causal kernel does."""
+    factors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    """Of 8-bit q, k and v: (B, Hk)."""
 
     def keywords(self) -> dict[str, Any]:
         names = (
@@ -62,6 +64,9 @@ class Terms:
             "dropout_p",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def descale(self) -> dict[str, Any]:
+        return dict(zip(("descale_q", "descale_k", "descale_v"), self.factors, strict=True))
 
 
 def terms(
@@ -90,7 +95,7 @@ def terms(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, what: Terms, lengths: Lengths | None = None) -> Any:
     """(out, lse) in our conventions, differentiable."""
-    arguments = {**what.keywords(), "seed": what.seed, "return_lse": True}
+    arguments = {**what.keywords(), **what.descale(), "seed": what.seed, "return_lse": True}
     if lengths is None:
         return anyflash.attention(q, k, v, **arguments)
     return anyflash.attention_varlen(
@@ -100,7 +105,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, what: Terms, lengths: Lengths | None
 
 def cache_keywords(what: Terms) -> dict[str, Any]:
     """Those of `anyflash.attention_kvcache`, which knows no dropout."""
-    return {name: value for name, value in what.keywords().items() if name != "dropout_p"}
+    kept = {name: value for name, value in what.keywords().items() if name != "dropout_p"}
+    return kept | what.descale()
 
 
 def drawn(what: Terms) -> Terms:

@@ -191,16 +191,21 @@ def flash_attn_with_kvcache(
         out, or (out, softmax_lse, and two empty arrays for the partial results that upstream shows).
 
     Raises:
-        Unsupported: qv, 8-bit floats.
+        Unsupported: qv; rotary embedding of 8-bit floats, and their "fnuz" formats.
     """
     refuse_given("scores with a second product over a cache are not provided", qv=qv)
+    factors: Factors = (None, None, None)
     if q.dtype in mapping.FLOAT8:
-        raise unsupported("q", str(q.dtype), "a cache of 8-bit floats is not provided")
+        if q.dtype not in mapping.OWN_FLOAT8:
+            raise unsupported("q", str(q.dtype), "a cache of these 8-bit floats is not provided")
+        refuse_given("8-bit floats are turned before they are rounded", rotary_cos=rotary_cos)
+        factors = (q_descale, k_descale, v_descale)
     lens = _kvcache.check(
         q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q
     )
     _kvcache.check_rotary(q, k, rotary_cos, rotary_sin, _kvcache.room(k_cache, page_table))
     what = _terms(softmax_scale, causal, window_size, attention_chunk, softcap)
+    what = replace(what, factors=factors)
     cache = anyflash.KVCache(k_cache, v_cache, lens, page_table, cache_leftpad, cache_batch_idx)
     if cu_seqlens_q is None and cu_seqlens_k_new is None and rotary_seqlens is None:
         out, lse = _kvcache.attend(q, cache, k, v, what, rotary_cos, rotary_sin, rotary_interleaved)
@@ -369,6 +374,8 @@ def _attend(
         return general.attend(q, k, v, what, places, qv)
     if q.requires_grad or k.requires_grad or v.requires_grad or qv is not None:
         raise unsupported("q", str(q.dtype), "8-bit floats have a forward only, without qv")
+    if q.dtype in mapping.OWN_FLOAT8 and places.used_q is None:
+        return general.attend(q, k, v, replace(what, factors=factors), places)
     group = q.shape[-2] // k.shape[-2]
     wide = (
         mapping.widened(q, factors[0], group, places.cu_q),

@@ -78,7 +78,12 @@ DIFFERENCES = (
     Difference("left padding", (2,), "leftpad_k: keys before it do not exist", "packed without them"),
     Difference("pages", (2, 3, 4), "block_table, page_table: keys lie in pages", "packed from them"),
     Difference("chunks", (3,), "attention_chunk: keys of the query's own chunk", "a mask"),
-    Difference("8-bit floats", (3,), "fp8 with descale factors (B, Hk), bfloat16 results", "float32 inside"),
+    Difference(
+        "8-bit floats",
+        (3,),
+        "q_descale, k_descale, v_descale (B, Hk), for all dtypes but heeded for fp8 alone; bfloat16 results",
+        'descale_q, descale_k, descale_v, for 8-bit floats alone; "fnuz" formats become float32',
+    ),
     Difference("sink", (4,), "learnable_sink", "sinks"),
     Difference(
         "modifications",
@@ -209,6 +214,9 @@ def join(*masks: Mask) -> Mask:
 FLOAT8 = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 )
+
+# Those that anyflash.attention takes.
+OWN_FLOAT8 = FLOAT8[:2]
 
 
 def widened(x: Tensor, descale: Tensor | None, group: int = 1, starts: Tensor | None = None) -> Tensor:
