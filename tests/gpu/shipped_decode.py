@@ -42,7 +42,7 @@ def launch(name: str, arch: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     dim, page = int(size), PAGES[layout]
     score, mask = PROGRAMS[program]
     made = functions(score, mask, ("float32",) if score else ())
-    chosen = schedule.decode_constants(rows, arch, dim, dim, 2)  # type: ignore[arg-type]
+    chosen = schedule.decode_constants(rows, arch, dim, dim, 2, 1024)  # type: ignore[arg-type]
     x, f, i = Stand(torch.bfloat16), Stand(torch.float32), Stand(torch.int32)
     tables = ((f, (1,), (HEADS,)),) if score else ()
     q = (HEADS * dim, HEADS * dim, dim, 1)

@@ -226,10 +226,13 @@ def test_integers_that_are_wrong(page_size: int, packed: bool) -> None:
     call = Cached(lens=(150, 70, 33), page_size=page_size, packed=packed, leftpad=(0, 0, 1))
     want, _ = call.truth()
     call.used = np.array([150, 10**8, -5])
-    call.pad = np.array([0, 10**8, -3])
+    call.pad = np.array([0, -7, -3])
     call.table[1:] = [[10**9], [-(10**9)]]
+    call.table[1, ::2] = -(10**9)
     out, lse = call.run()
     assert np.abs(out[0] - want[0]).max() <= 64 * EPS * np.abs(want[0]).max()
+    call.pad = np.array([0, 10**8, 10**8])
+    assert (call.run()[0][1] == 0).all()
     assert (out[2] == 0).all()
     assert (lse[:, 2] == -np.inf).all()
 

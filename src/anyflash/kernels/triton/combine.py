@@ -3,7 +3,9 @@
     M   = max m_i,  w_i = exp2((m_i - M) unit)          over the segments i, in their order
     out = factor sum w_i acc_i / sum w_i l_i,  lse = M unit ln 2 + ln sum w_i l_i
 
-A segment's sums are SIZE words: m and l of BLOCK_M rows, then acc in two pieces. Registers, in words a
+A segment's sums are SIZE words: m and l of KEPT rows, then acc from HEAD on, with both pieces of a row beside
+each other. KEPT is a power of two, BLOCK_M or what the rows of a call need; HEAD and SIZE keep 64 bytes'
+alignment. Registers, in words a
 thread: CHUNK + 1 times BLOCK_M * DIM_V / threads, because the loads of CHUNK segments are under way at once.
 """
 
@@ -34,27 +36,30 @@ def meet(WAITS: tl.constexpr):
 
 @triton.jit
 def keep(partial, acc_wide, acc_rest, m, l, there,
-         WIDE_V: tl.constexpr, REST_V: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """Store the sums of a segment: m, l, acc with both pieces of a row beside each other."""
+         WIDE_V: tl.constexpr, REST_V: tl.constexpr, BLOCK_M: tl.constexpr,
+         KEPT: tl.constexpr, HEAD: tl.constexpr):  # fmt: skip
+    """Store the sums of a segment."""
     r = tl.arange(0, BLOCK_M)
     tl.store(partial + r, m, mask=there)
-    tl.store(partial + BLOCK_M + r, l, mask=there)
+    tl.store(partial + KEPT + r, l, mask=there)
     places = r * (WIDE_V + REST_V)
-    scattered(partial + 2 * BLOCK_M, acc_wide, acc_rest, places, there, 1, WIDE_V + REST_V, WIDE_V, REST_V)
+    scattered(partial + HEAD, acc_wide, acc_rest, places, there, 1, WIDE_V + REST_V, WIDE_V, REST_V)
 
 
 @triton.jit
 def kept_acc(partial, there, FIRST: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr,
-             CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+             CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+             HEAD: tl.constexpr):  # fmt: skip
     """(CHUNK, BLOCK_M, WIDTH): columns from FIRST of some segments, past the first-level cache."""
     i, r, columns = tl.arange(0, CHUNK), tl.arange(0, BLOCK_M), FIRST + tl.arange(0, WIDTH)
     places = i[:, None, None] * SIZE + r[None, :, None] * ALL + columns[None, None, :]
-    return tl.load(partial + 2 * BLOCK_M + places, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+    return tl.load(partial + HEAD + places, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def add_up(partial, segments, there, unit, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
-           WIDE_V: tl.constexpr, REST_V: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+           WIDE_V: tl.constexpr, REST_V: tl.constexpr, BLOCK_M: tl.constexpr,
+           KEPT: tl.constexpr, HEAD: tl.constexpr):  # fmt: skip
     """acc in two pieces, m and l of all segments."""
     r = tl.arange(0, BLOCK_M)
     every = tl.arange(0, SEGMENTS)
@@ -77,13 +82,13 @@ def add_up(partial, segments, there, unit, SEGMENTS: tl.constexpr, CHUNK: tl.con
         # (CHUNK, BLOCK_M), and with the widths of both pieces behind
         at = own + (i[:, None] * SIZE + r[None, :])
         m_i = tl.load(at, mask=mine, other=float("-inf"), cache_modifier=".cg")
-        l_i = tl.load(at + BLOCK_M, mask=mine, other=0.0, cache_modifier=".cg")
-        wide_i = kept_acc(own, mine, 0, WIDE_V, WIDE_V + REST_V, CHUNK, SIZE, BLOCK_M)
+        l_i = tl.load(at + KEPT, mask=mine, other=0.0, cache_modifier=".cg")
+        wide_i = kept_acc(own, mine, 0, WIDE_V, WIDE_V + REST_V, CHUNK, SIZE, BLOCK_M, HEAD)
         weight = tl.exp2((m_i - base[None, :]) * unit)
         l += tl.sum(l_i * weight, 0)
         acc_wide += tl.sum(wide_i * weight[:, :, None], 0)
         if REST_V > 0:
-            rest_i = kept_acc(own, mine, WIDE_V, REST_V, WIDE_V + REST_V, CHUNK, SIZE, BLOCK_M)
+            rest_i = kept_acc(own, mine, WIDE_V, REST_V, WIDE_V + REST_V, CHUNK, SIZE, BLOCK_M, HEAD)
             acc_rest += tl.sum(rest_i * weight[:, :, None], 0)
         else:
             acc_rest = acc_wide

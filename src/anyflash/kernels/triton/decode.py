@@ -93,6 +93,7 @@ def decode(
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     SEGMENTS: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr, WAITS: tl.constexpr,
+    KEPT: tl.constexpr, HEAD: tl.constexpr,
     FACTOR: tl.constexpr = None, FORMAT_Q: tl.constexpr = "", FORMAT: tl.constexpr = "",
 ):  # fmt: skip
     """One program for each block of rows, segment (of `parts`), key head and sequence.
@@ -178,14 +179,14 @@ def decode(
                 )  # fmt: skip
             if SPLIT:
                 if not alone:
-                    SIZE: tl.constexpr = BLOCK_M * (2 + WIDE_V + REST_V)
+                    SIZE: tl.constexpr = HEAD + KEPT * (WIDE_V + REST_V)
                     partial += whole(instance) * parts * SIZE
                     own = partial + segment * SIZE
-                    keep(own, acc_wide, acc_rest, m, l, there, WIDE_V, REST_V, BLOCK_M)
+                    keep(own, acc_wide, acc_rest, m, l, there, WIDE_V, REST_V, BLOCK_M, KEPT, HEAD)
                     if HIDES:
                         if hidden:
                             mend(
-                                own + 2 * BLOCK_M, whole(tl.arange(0, BLOCK_M)) * (WIDE_V + REST_V), 1,
+                                own + HEAD, whole(tl.arange(0, BLOCK_M)) * (WIDE_V + REST_V), 1,
                                 tl.full([BLOCK_M], 1.0, tl.float32), queries, rows, first_tile, end_tile,
                                 tokens, logit, k, v, cache, k_steps, v_steps, tables, at, numbers,
                                 SCORE, ALLOWED, TILE_CLASS, IDENTITY, MASK, RUNS, PAGE, GATHER, PRECISION,
@@ -196,8 +197,9 @@ def decode(
                     if arrived == segments - 1:
                         tl.store(counters + instance, 0)
                         acc_wide, acc_rest, m, l = add_up(
-                            partial, segments, there, unit, SEGMENTS, CHUNK, SIZE, WIDE_V, REST_V, BLOCK_M
-                        )
+                            partial, segments, there, unit,
+                            SEGMENTS, CHUNK, SIZE, WIDE_V, REST_V, BLOCK_M, KEPT, HEAD,
+                        )  # fmt: skip
                         finish(
                             out, lse, stats, acc_wide, acc_rest, m, l, places, there, unit, factor,
                             out_steps[3], stats_steps[0], DIM_V, WIDE_V, REST_V,

@@ -72,7 +72,8 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     problem, operands = call.problem, call.operands
     arch = architecture(call.device)
     narrow, dims = format_of(problem.dtype_kv), (problem.head_dim, problem.head_dim_v)
-    chosen = schedule.decode_constants(rows, arch, *dims, max(2, operands.q.itemsize), narrow != "")
+    size, greatest = max(2, operands.q.itemsize), problem.seqlen_q * problem.group
+    chosen = schedule.decode_constants(rows, arch, *dims, size, greatest, narrow != "")
     block_m, split = chosen["BLOCK_M"], bool(chosen["SPLIT"])
     below, most = schedule.ROWS[rows]
     blocks, entries = _blocks(min(problem.seqlen_q * problem.group, most), block_m), problem.batch

@@ -96,6 +96,8 @@ _CUTS: dict[Rows, Cut] = {"few": Cut(32, 256), "some": Cut(16, 512), "many": Cut
 _INTERPRETED_CUTS: dict[Rows, Cut] = {"few": Cut(8, 64), "some": Cut(4, 64), "many": Cut(1, 1)}
 # Words of other segments' acc that a thread may hold while it adds them up, and segments at once.
 _HELD, _AT_ONCE, _THREADS_A_WARP = 64, 8, 32
+# Words that a vector of a segment's sums is aligned to.
+_ALIGNED = 16
 # A dense call of few or some rows is one over a cache from so many keys on.
 DECODE_KEYS = 1024
 _INTERPRETED_DECODE: dict[Rows, Tiles] = {
@@ -148,10 +150,12 @@ def limit(arch: str) -> int:
 
 
 def decode_constants(
-    rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int, widened: bool = False
+    rows: Rows, arch: str, dim: int, dim_v: int, itemsize: int, greatest: int, widened: bool = False
 ) -> dict[str, int]:
-    """All constants of the kernel that follow from the device and the dims. CHUNK segments are added up at
-    once."""
+    """All constants of the kernel that follow from the device, the dims and the `greatest` number of rows.
+
+    CHUNK segments are added up at once, and KEPT rows of each lie in memory behind HEAD words.
+    """
     chosen, shared_out = decode_tiles(rows, arch, dim, dim_v, itemsize, widened), cut(rows, arch)
     (wide, rest), (wide_v, rest_v) = split(dim), split(dim_v)
     found = {
@@ -171,13 +175,15 @@ def decode_constants(
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
     }
-    fit = _HELD * _THREADS_A_WARP * chosen.warps // segment_words(found)
-    return found | {"CHUNK": min(_AT_ONCE, 1 << max(fit.bit_length() - 1, 0))}
+    fit = _HELD * _THREADS_A_WARP * chosen.warps // (chosen.block_m * (2 + wide_v + rest_v))
+    kept = min(chosen.block_m, 1 << (greatest - 1).bit_length())
+    chunk = min(_AT_ONCE, 1 << max(fit.bit_length() - 1, 0))
+    return found | {"CHUNK": chunk, "KEPT": kept, "HEAD": max(2 * kept, _ALIGNED)}
 
 
 def segment_words(constants: dict[str, int]) -> int:
     """What a segment of a block of rows leaves: m, l and acc."""
-    return constants["BLOCK_M"] * (2 + constants["WIDE_V"] + constants["REST_V"])
+    return constants["HEAD"] + constants["KEPT"] * (constants["WIDE_V"] + constants["REST_V"])
 
 
 def split(dim: int, least: int = 16) -> tuple[int, int]:
