@@ -169,3 +169,18 @@ def test_what_tma_cannot_move(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert launched == ["forward"]
     assert "portable kernels, as dout does not start at a multiple of 16 bytes" in caplog.text
     assert np.isfinite(found.dq).all()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_keys_behind_the_last(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are zeros, with scores of 0: far above those of all keys here, beyond float32 as a probability."""
+    emulated.install(monkeypatch)
+    noise = arrays(*[(1, 70, 1, 64)] * 4)
+    q, k = (sign * 4 + noise[i] / 8 for i, sign in enumerate((np.float16(1), np.float16(-1))))
+    call = {"dout": noise[2], "deterministic": deterministic}
+    found, wanted = (direct.attend(name, q, k, noise[3], **call) for name in ("hopper", "reference"))
+    # What all keys, or all rows, have in common cancels in dq and dk: 32 times what is left.
+    for name, cancelled in (("dq", 32), ("dk", 32), ("dv", 1)):
+        mine, other = (getattr(each, name).astype(np.float64) for each in (found, wanted))
+        bound = 8 * cancelled * np.finfo(np.float16).eps * np.abs(other).max()
+        assert np.abs(mine - other).max() <= bound
