@@ -86,6 +86,22 @@ def test_few_queries_over_many_keys() -> None:
     assert np.abs(lse - wanted_lse).max() <= 16 * np.finfo(np.float32).eps * np.abs(wanted_lse).max()
 
 
+@pytest.mark.parametrize(("cached", "rows"), [(False, 40), (True, 40), (True, 140)])
+def test_nan_in_what_is_masked(cached: bool, rows: int) -> None:
+    """Blocks that it spoils are computed again, in float16, and give the bits that they gave without it."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, 2, 16)).astype(KINDS["e4m3"]) for n in (rows, 150, 150))
+    call = {"mask": lambda at: at.k != 5, "descale_v": 0.5, "return_lse": True, "backend": "triton"}
+    attend = (
+        (lambda: af.attention_kvcache(q, (k, v), **call))
+        if cached
+        else (lambda: af.attention(q, k, v, **call))
+    )
+    clean = [x.tobytes() for x in attend()]
+    v[0, 5] = np.nan
+    assert [x.tobytes() for x in attend()] == clean
+
+
 def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(B, T, H, D) as e4m3 with a factor for each (batch, head), as large as leaves nothing outside."""
     factor = (np.abs(x).max(axis=(1, 3)) / 448).astype(np.float32)
