@@ -74,6 +74,36 @@ _WIDENED: tuple[tuple[int, tuple[Tiles, ...]], ...] = (
     *_TABLES["forward"][2:],
 )
 
+# Rows that are others where those above spill: by family of architectures, part and greatest width.
+_ELSEWHERE: dict[tuple[str, Part, int], tuple[Tiles, ...]] = {
+    ("gfx", "backward_dkv", 64): (Tiles(32, 64, 8, 1),),
+    ("gfx", "backward_dkv", 128): (Tiles(16, 32, 4, 1),),
+    ("sm_100", "forward", 256): (Tiles(64, 32, 8, 1),),
+}
+
+# float32 has twice the bytes in shared memory, and without tf32 no tensor core: each thread then holds what
+# it multiplies, so tiles are small.
+_FLOAT32_TABLES: dict[Part, tuple[tuple[int, tuple[Tiles, ...]], ...]] = {
+    "forward": (
+        (64, (Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1))),
+        (128, (Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1))),
+        (256, (Tiles(32, 16, 8, 1), Tiles(16, 16, 4, 1))),
+        (1024, (Tiles(16, 16, 8, 1),)),
+    ),
+    "backward_dkv": (
+        (64, (Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))),
+        (128, (Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))),
+        (256, (Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 1))),
+        (1024, (Tiles(16, 16, 8, 1),)),
+    ),
+    "backward_dq": (
+        (64, (Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))),
+        (128, (Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1))),
+        (256, (Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 1))),
+        (1024, (Tiles(16, 16, 8, 1),)),
+    ),
+}
+
 Rows = Literal["few", "some", "many"]
 # Rows (query tokens times heads of a group) of a sequence over a cache: more than the first, at most the
 # second. Which tiles a sequence has follows from its own rows alone, so that its result does. The keys of few
@@ -209,7 +239,8 @@ def tiles(part: Part, arch: str, dim: int, dim_v: int, itemsize: int, widened: b
         return INTERPRETED
     if widened:
         return _fitting(_WIDENED, f"{part}_widened", part, arch, dim, dim_v, itemsize)
-    return _fitting(_TABLES[part], part, part, arch, dim, dim_v, itemsize)
+    tables = _FLOAT32_TABLES if itemsize == 4 else _TABLES
+    return _fitting(tables[part], part, part, arch, dim, dim_v, itemsize)
 
 
 def _fitting(
@@ -226,6 +257,9 @@ def _fitting(
     most, candidates = next(row for row in table if max(width, width_v) <= row[0])
     if found := tuned.entries(arch).get(tuned.key(name, most, itemsize)):
         return Tiles(*found)
+    if itemsize == 2:
+        family = "gfx" if arch.startswith("gfx") else arch
+        candidates = _ELSEWHERE.get((family, name, most), candidates)  # type: ignore[arg-type]
     for candidate in candidates:
         if shared_bytes(part, candidate, width, width_v, itemsize) <= limit(arch):
             return candidate

@@ -14,10 +14,14 @@ import triton.language as tl
 from anyflash.kernels.triton.elementary import whole
 from anyflash.kernels.triton.narrow import rounded, widened
 
+# Triton 3.6 takes no text as a default of device code, but a constant that holds one.
+AS_IT_IS = tl.constexpr("")
+
 
 @triton.jit
 def piece(base, first_row, end_row, row_step, dim_step, EDGE: tl.constexpr, FIRST: tl.constexpr,
-          WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr = ""):  # fmt: skip
+          WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+          FORMAT: tl.constexpr = AS_IT_IS):  # fmt: skip
     """(ROWS, WIDTH): rows from first_row and columns from FIRST; 0 past DIM, and past end_row if EDGE. FORMAT
     is that of 8-bit floats to be widened."""
     rows = tl.arange(0, ROWS)
@@ -44,7 +48,7 @@ def piece(base, first_row, end_row, row_step, dim_step, EDGE: tl.constexpr, FIRS
 @triton.jit
 def pieces(base, first_row, end_row, row_step, dim_step, EDGE: tl.constexpr, DIM: tl.constexpr,
            WIDE: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-           FORMAT: tl.constexpr = ""):  # fmt: skip
+           FORMAT: tl.constexpr = AS_IT_IS):  # fmt: skip
     """Both pieces of (ROWS, DIM)."""
     wide = piece(base, first_row, end_row, row_step, dim_step, EDGE, 0, WIDE, DIM, ROWS, FORMAT)
     rest = wide
@@ -88,7 +92,7 @@ def finite(values):
 
 @triton.jit
 def add_product(total, weights, values, seen, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-                FORMAT: tl.constexpr = "", NARROW: tl.constexpr = False):  # fmt: skip
+                FORMAT: tl.constexpr = AS_IT_IS, NARROW: tl.constexpr = False):  # fmt: skip
     """total + weights . values, the weights rounded to the type of the values, or with NARROW as `rounded`.
 
     Where nothing is seen the weight is 0, and 0 times a NaN or an infinity would still be NaN. CAREFUL lets
