@@ -101,12 +101,14 @@ def test_the_same_on_amd() -> None:
     lines = [line.strip() for line in code("gfx942", "amdgcn").splitlines()]
     (counted,) = (i for i, line in enumerate(lines) if line.startswith("global_atomic_add"))
     barrier = max(i for i in range(counted) if lines[i].startswith("s_barrier"))
-    stored = max(i for i in range(barrier) if lines[i].startswith("buffer_store"))
+    stored = max(i for i in range(barrier) if lines[i].startswith(("buffer_store", "global_store")))
     assert any(re.match(r"s_waitcnt.*vmcnt\(0\)", line) for line in lines[stored:barrier])
     assert any(line.startswith("buffer_wbl2") for line in lines[barrier:counted])
     after = lines[counted:]
     dropped = next(i for i, line in enumerate(after) if line.startswith("buffer_inv"))
-    assert dropped < next(i for i, line in enumerate(after) if line.startswith("buffer_load"))
+    assert dropped < next(
+        i for i, line in enumerate(after) if line.startswith(("buffer_load", "global_load"))
+    )
 
 
 if __name__ == "__main__":
