@@ -25,6 +25,14 @@ NAMES = (
     "many 128 causal gather",
     "many 128 everything row",
 )
+PROGRAMS = {
+    "plain": (None, None),
+    "causal": (None, "(le k q)"),
+    "everything": (
+        "(sub (mul 30.0 (tanh (div score 30.0))) (mul (load 0:f head) (float (sub q k))))",
+        "(and (le k q) (le (sub q 256) k))",
+    ),
+}
 PAGES = {"row": 0, "pages": 64, "gather": 16}
 HEADS, HEADS_KV, PAGES_OF_ALL = 32, 4, 4096
 
@@ -33,7 +41,6 @@ def launch(name: str, arch: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and constants of `decode.decode`."""
     import torch
     from offline import Stand
-    from shipped import PROGRAMS
 
     from anyflash.kernels.triton import schedule
     from anyflash.kernels.triton.program import functions
