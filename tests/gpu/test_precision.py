@@ -21,7 +21,7 @@ from anyflash.contract.arithmetic import plain
 from anyflash.contract.backends import multiplies_tf32
 from anyflash.contract.cases import Case
 from anyflash.contract.run import known
-from anyflash.kernels.triton import backward, forward
+from anyflash.kernels.triton import backward, forward, schedule
 from anyflash.kernels.triton.precision import float32_products
 
 MATMUL = torch.backends.cuda.matmul
@@ -82,13 +82,27 @@ def test_choice(
     else:
         monkeypatch.setenv("ANYFLASH_FLOAT32", setting)
     tell()
-    assert float32_products(arch).products == products
+    assert float32_products(arch, 256).products == products
+
+
+def test_wide_heads_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYFLASH_FLOAT32", "tf32")
+    assert float32_products("sm_90", 256).products == "tf32"
+    assert float32_products("sm_90", 257) == ("ieee", "tf32 serves heads of up to 256 columns")
+
+
+@pytest.mark.parametrize(("arch", "refused"), [("sm_80", False), ("sm_89", True), ("gfx942", False)])
+def test_wide_heads_where_shared_memory_is_small(arch: str, refused: bool) -> None:
+    for part in schedule.PARTS:
+        tiles = schedule.tiles(part, arch, 576, 576, 4)
+        why = schedule.too_small(tiles, part, arch, 576, 576, 4)
+        assert (why is not None) is (refused and part != "forward")
 
 
 def test_unknown_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYFLASH_FLOAT32", "fp16")
     with pytest.raises(ValueError, match="ANYFLASH_FLOAT32='fp16': expected ieee or tf32"):
-        float32_products("sm_90")
+        float32_products("sm_90", 64)
 
 
 class Noting:

@@ -98,7 +98,8 @@ class Triton:
         elif narrower:
             found["8-bit floats"] = "made float16" if narrow.format else "multiplied as they are, p in e4m3"
         if problem.dtype == "float32":
-            found["float32 products"] = "{}, {}".format(*float32_products(arch))
+            width = schedule.padded(max(problem.head_dim, problem.head_dim_v))
+            found["float32 products"] = "{}, {}".format(*float32_products(arch, width))
         return found
 
 

@@ -52,7 +52,7 @@ def multiplies_tf32(backend: str, dtype: str) -> bool:
     from anyflash.kernels.triton.device import present
     from anyflash.kernels.triton.precision import float32_products
 
-    return float32_products(present()).products == "tf32"
+    return float32_products(present(), 1).products == "tf32"
 
 
 @contextmanager

@@ -143,9 +143,17 @@ class Call:
         return _blocks(problem.seqlen_k, block), problem.batch
 
     def tiles(self, part: schedule.Part) -> schedule.Tiles:
-        problem, narrow = self.problem, self.narrow
+        """Raises Unsupported if not even the smallest have room in the device's shared memory."""
+        problem, narrow, arch = self.problem, self.narrow, architecture(self.device)
         sizes = problem.head_dim, problem.head_dim_v, narrow.itemsize(problem)
-        return schedule.tiles(part, architecture(self.device), *sizes, narrow.format != "")
+        found = schedule.tiles(part, arch, *sizes, narrow.format != "")
+        if why := schedule.too_small(found, part, arch, *sizes):
+            raise Unsupported(
+                f"{part} of head_dim {problem.head_dim} and {problem.head_dim_v}, {problem.dtype}, on {arch}",
+                {"triton": [why]},
+                "float16 and bfloat16 take half of it",
+            )
+        return found
 
     @cached_property
     def narrow(self) -> Narrow:
@@ -212,11 +220,11 @@ class Call:
 
     def precision(self) -> str:
         """How the kernels multiply."""
-        return (
-            "ieee"
-            if self.problem.dtype != "float32"
-            else float32_products(architecture(self.device)).products
-        )
+        problem = self.problem
+        if problem.dtype != "float32":
+            return "ieee"
+        width = schedule.padded(max(problem.head_dim, problem.head_dim_v))
+        return float32_products(architecture(self.device), width).products
 
 
 def _optional(view: View | None) -> Any:

@@ -266,6 +266,20 @@ def _fitting(
     return candidates[-1]
 
 
+def too_small(tiles: Tiles, part: Part, arch: str, dim: int, dim_v: int, itemsize: int) -> str | None:
+    """Why a device's shared memory has no room for these tiles, or None.
+
+    Only a backward can be too large: every row of the forward's table ends with tiles that have room
+    everywhere, and on AMD operands go through registers.
+    """
+    if arch == "interpreter" or arch.startswith("gfx") or part == "forward":
+        return None
+    wanted = shared_bytes(part, tiles, padded(dim), padded(dim_v), itemsize)
+    return (
+        f"takes {wanted} bytes of shared memory, a block has {limit(arch)}" if wanted > limit(arch) else None
+    )
+
+
 def shared_bytes(part: Part, tiles: Tiles, dim: int, dim_v: int, itemsize: int) -> int:
     """An upper estimate: what stays for the whole block, and every stage of what moves past it."""
     if part == "forward":
