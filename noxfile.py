@@ -9,6 +9,7 @@ elsewhere with the words "make test-systems".
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -111,6 +112,9 @@ def systems(session: nox.Session, name: str) -> None:
             apart = ("--no-deps", "--no-build-isolation", "--target", named[variable])
             session.install("--quiet", *apart, package)
     pytest = ("python", "-m", "pytest", "-m", "not gpu")
+    if overlay.interpreted:
+        # Hundreds of tests, each on one core, none of which measures time.
+        pytest += ("-n", str(min(os.cpu_count() or 1, 8)))
     session.run(*pytest, *(session.posargs or overlay.tests), env=named)
     if overlay.interpreted and not session.posargs:
         # Kernels are interpreted or compiled, as they are imported: never both in one process.
