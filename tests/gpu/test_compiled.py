@@ -29,9 +29,7 @@ from gpu.budget import over
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets.json"
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
-# What the test compiles; with the older Triton, targets that it is used for.
-PARTS = ("forward", "backward_dkv", "backward_dq")
-TESTED = {"3.9.0": TARGETS, "3.6.0": ("sm_80", "sm_90", "gfx942")}
+VERSIONS = ("3.6.0", "3.9.0")
 
 
 def shipped(*arguments: str) -> object:
@@ -49,17 +47,13 @@ def test_budgets(tmp_path: Path) -> None:
     budgets = json.loads(BUDGETS.read_text())
     if triton.__version__ not in budgets:
         pytest.skip(f"budgets are kept for triton {', '.join(budgets)}, here is {triton.__version__}")
-    allowed, targets = budgets[triton.__version__], TESTED[triton.__version__]
-    wanted = shipped(*targets, "--names")
+    allowed = budgets[triton.__version__]
+    wanted = shipped(*TARGETS, "--names")
     assert isinstance(wanted, list)
-    main = [name for name in wanted if name.split(": ")[1] in PARTS and " causal " in name.split(":")[0]]
-    assert set(main) <= allowed.keys(), set(main) - allowed.keys()
-    if triton.__version__ == max(budgets):
-        assert set(wanted) <= allowed.keys(), set(wanted) - allowed.keys()
-    # With the older Triton, only what has a budget there.
+    assert set(wanted) <= allowed.keys(), set(wanted) - allowed.keys()
     listed = tmp_path / "names.json"
-    listed.write_text(json.dumps([name for name in wanted if name in allowed]))
-    found = shipped(*targets, "--within", str(listed))
+    listed.write_text(json.dumps(wanted))
+    found = shipped(*TARGETS, "--within", str(listed))
     assert isinstance(found, dict)
     over_budget = over(found, allowed)
     assert not over_budget, "\n".join(over_budget)
@@ -71,7 +65,7 @@ def test_budgets_are_of_what_is_shipped() -> None:
     budgets = json.loads(BUDGETS.read_text())
     wanted = shipped(*TARGETS, "--all", "--names")
     assert isinstance(wanted, list)
-    assert set(budgets) == set(TESTED)
+    assert set(budgets) == set(VERSIONS)
     assert budgets.get(triton.__version__, {}).keys() <= set(wanted)
 
 
