@@ -344,7 +344,7 @@ def _request(
     if lengths is not None:
         sequences = _sequences(frontend, *lengths)
     descale = None
-    if any(factor is not None for factor in factors):
+    if not factors[0] is factors[1] is factors[2] is None:
         descale = descale_of(factors, k.shape, layout, frontend.dtype(q), frontend.dtype(k))
     program, tables, names = describe_program(
         q.shape,
