@@ -40,10 +40,10 @@ HEADS, HEADS_KV, PAGES_OF_ALL = 32, 4, 4096
 def launch(name: str, arch: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and constants of `decode.decode`."""
     import torch
-    from offline import Stand
 
     from anyflash.kernels.triton import schedule
     from anyflash.kernels.triton.program import functions
+    from gpu.stand import Stand
 
     rows, size, program, layout = name.split()
     dim, page = int(size), PAGES[layout]
@@ -81,9 +81,8 @@ def launch(name: str, arch: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def compile_one(name: str) -> dict[str, int]:
-    from offline import compiled
-
     from anyflash.kernels.triton import decode
+    from anyflash.kernels.triton.offline import compiled
 
     arch, rest = name.split(maxsplit=1)
     arguments, constants = launch(rest, arch)

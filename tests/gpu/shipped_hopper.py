@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton
-from triton.backends.nvidia.compiler import get_ptxas
 
 from anyflash.contract import direct
 from anyflash.kernels.gluon import launch, schedule
 from anyflash.kernels.triton import offline
 from anyflash.semantics.operands import Results
+from gpu.machine_code import assembly, hopper_warnings, overlapped
 
 LENGTH, HEADS = 4096, 16
-_NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
 def _alibi() -> dict[str, Any]:
@@ -75,12 +70,7 @@ def figures(name: str) -> dict[str, Any]:
     """Bytes of shared memory and of the stack, counts of instructions, and what schedule.py says."""
     compiled, tiles = made(name)
     taken = offline.figures(compiled)
-    with tempfile.TemporaryDirectory() as folder:
-        (cubin := Path(folder, "k.cubin")).write_bytes(compiled.asm["cubin"])
-        code = subprocess.run([_NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
-        (ptx := Path(folder, "k.ptx")).write_text(compiled.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", ptx, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    code = assembly(compiled)
     dim, dim_v, keywords, _packed = SHIPPED[name]
     return {
         "shared": taken.shared,
@@ -88,30 +78,13 @@ def figures(name: str) -> dict[str, Any]:
         "registers": taken.registers,
         "wgmma": len(re.findall(r"\bHGMMA\b", code)),
         "reallocations": len(re.findall(r"\bUSETMAXREG\b", code)),
-        "serialised": len(re.findall(r"C75\d\d", said)),
+        "serialised": hopper_warnings(compiled),
         "overlapped": overlapped(code),
         "spilled_in_loops": spilled_in_loops(code, tiles.block_n // 2),
         "block_n": tiles.block_n,
         "loops": tiles.consumers * (2 if keywords else 1),
         "accounted": schedule.shared_bytes(tiles, dim, dim_v),
     }
-
-
-def overlapped(code: str) -> list[int]:
-    """How many exponentials stand between a wait that leaves one product in flight and the wait for that one,
-    for each such place."""
-    found: list[int] = []
-    count: int | None = None
-    for line in code.splitlines():
-        if "WARPGROUP.DEPBAR.LE" in line:
-            if re.search(r"gsb0, 0x1\b", line):
-                count = 0
-            elif count is not None:
-                found.append(count)
-                count = None
-        elif count is not None and "MUFU.EX2" in line:
-            count += 1
-    return found
 
 
 def spilled_in_loops(code: str, first: int) -> int:

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton
-from triton.backends.nvidia.compiler import get_ptxas
 
 from anyflash.contract import direct
 from anyflash.kernels.gluon import launch_backward
 from anyflash.kernels.gluon import schedule_backward as tables
 from anyflash.kernels.triton import offline
 from anyflash.semantics.operands import Gradients, Saved
+from gpu.machine_code import assembly, hopper_warnings, overlapped
 
 LENGTH, HEADS = 4096, 16
-_NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 _EVERYTHING: dict[str, Any] = {"causal": True, "softcap": 30.0, "window": (256, None), "alibi_slopes": True}
 
 # Of dk and dv: name -> head dims, program, packed, deterministic. dq is compiled with the deterministic ones.
@@ -95,37 +90,16 @@ def figures(name: str) -> dict[str, dict[str, Any]]:
 
 def _instructions(made: Any) -> dict[str, Any]:
     taken = offline.figures(made)
-    with tempfile.TemporaryDirectory() as folder:
-        (cubin := Path(folder, "k.cubin")).write_bytes(made.asm["cubin"])
-        code = subprocess.run([_NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
-        (ptx := Path(folder, "k.ptx")).write_text(made.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", ptx, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    code = assembly(made)
     counted = {"wgmma": r"\bHGMMA\b", "reallocations": r"\bUSETMAXREG\b", "reductions": r"\bUTMAREDG\b"}
     return {
         "shared": taken.shared,
         "stack": taken.spilled,
-        "serialised": len(re.findall(r"C75\d\d", said)),
-        "overlapped": _overlapped(code),
+        "serialised": hopper_warnings(made),
+        # Places that have any: there p is computed under dout . v.
+        "overlapped": [count for count in overlapped(code) if count],
         **{name: len(re.findall(pattern, code)) for name, pattern in counted.items()},
     }
-
-
-def _overlapped(code: str) -> list[int]:
-    """Exponentials between a wait that leaves one product in flight and the wait for that one, for each such
-    place that has any: there p is computed under dout . v."""
-    found: list[int] = []
-    count: int | None = None
-    for line in code.splitlines():
-        if "WARPGROUP.DEPBAR.LE" in line:
-            if re.search(r"gsb0, 0x1\b", line):
-                count = 0
-            elif count is not None:
-                found.append(count)
-                count = None
-        elif count is not None and "MUFU.EX2" in line:
-            count += 1
-    return [count for count in found if count]
 
 
 if __name__ == "__main__":

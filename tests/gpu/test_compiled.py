@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +23,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu.budget import over
+from gpu.machine_code import printed
 
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets.json"
@@ -33,12 +32,7 @@ VERSIONS = ("3.6.0", "3.9.0")
 
 
 def shipped(*arguments: str) -> object:
-    """What shipped.py prints, in a process of its own, where kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(HERE / "shipped.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return printed("shipped.py", *arguments)
 
 
 @pytest.mark.timeout(2400)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +11,14 @@ pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).parent))
 
-import offline
 import torch
 
-from anyflash.kernels.triton import append, vectors
+from anyflash.kernels.triton import append, offline, vectors
+from gpu.stand import Stand
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
-X, F, I, L = (offline.Stand(kind) for kind in (torch.bfloat16, torch.float32, torch.int32, torch.int64))
+X, F, I, L = (Stand(kind) for kind in (torch.bfloat16, torch.float32, torch.int32, torch.int64))
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 ROWS = (4 * KV_HEADS * DIM, KV_HEADS * DIM, DIM, 1)
 CACHE = (PAGE * KV_HEADS * DIM, KV_HEADS * DIM, DIM, 1)

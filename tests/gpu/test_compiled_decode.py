@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from gpu.budget import over
+from gpu.machine_code import printed
 
 HERE = Path(__file__).parent
 BUDGETS = HERE / "decode_budgets.json"
@@ -24,12 +24,7 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 
 
 def measured() -> dict[str, dict[str, int]]:
-    """In a process of its own, where kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "shipped_decode.py"), *TARGETS]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return printed("shipped_decode.py", *TARGETS)
 
 
 @pytest.mark.timeout(1200)
@@ -57,11 +52,8 @@ def code(arch: str, stage: str) -> str:
     pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("kernels are interpreted in this process")
-    sys.path.insert(0, str(HERE))
-    import offline
-    import shipped_decode
-
-    from anyflash.kernels.triton import decode
+    from anyflash.kernels.triton import decode, offline
+    from gpu import shipped_decode
 
     arguments, constants = shipped_decode.launch("few 128 plain row", arch)
     return str(offline.binary(decode.decode, arch, *arguments, **constants).asm[stage])

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +13,20 @@ pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-import offline
 import torch
 import triton
 
 from anyflash.contract import direct
-from anyflash.kernels.triton import decode, forward, launch, launch_decode
+from anyflash.kernels.triton import decode, forward, launch, launch_decode, offline
 from anyflash.kernels.triton.device import Pointer
 from anyflash.semantics.arrays import numpy_dtype
 from anyflash.semantics.cache import Integers, describe_cache
 from anyflash.semantics.descale import Descale
 from anyflash.semantics.describe import describe_program
+from gpu.machine_code import assembly
+from gpu.stand import Stand
 
 NEW = triton.__version__ >= "3.9"
 # The instruction that multiplies 8-bit floats, by architecture; where there is none, that of float16.
@@ -48,7 +46,7 @@ class Recorder:
 
 def stand(argument: Any) -> Any:
     if isinstance(argument, (Pointer, torch.Tensor)):
-        return offline.Stand(argument.dtype)
+        return Stand(argument.dtype)
     return tuple(map(stand, argument)) if isinstance(argument, tuple) else argument
 
 
@@ -65,17 +63,12 @@ def launched(
     return [(kernel, tuple(map(stand, arguments)), constants) for arguments, constants in recorder.launches]
 
 
-def products(monkeypatch: pytest.MonkeyPatch, call: Any, arch: str) -> tuple[offline.Made, set[str]]:
+def products(call: Any, arch: str) -> tuple[offline.Made, set[str]]:
     """A launch's figures, and the instructions that multiply, by name."""
-    code: list[str] = []
-    run, of_amd = offline._run, offline._of_amd
-    with monkeypatch.context() as patch:
-        patch.setattr(offline, "_run", lambda *arguments: code.append(run(*arguments)) or code[-1])
-        patch.setattr(offline, "_of_amd", lambda made: code.append(made.asm["amdgcn"]) or of_amd(made))
-        kernel, arguments, constants = call
-        made = offline.compiled(kernel, arch, *arguments, **constants)
-    found = re.findall(r"\b(HGMMA|QGMMA|HMMA|QMMA|UTCHMMA|UTCQMMA|v_mfma_\w+)\b", "\n".join(code))
-    return made, set(found)
+    kernel, arguments, constants = call
+    made = offline.binary(kernel, arch, *arguments, **constants)
+    found = re.findall(r"\b(HGMMA|QGMMA|HMMA|QMMA|UTCHMMA|UTCQMMA|v_mfma_\w+)\b", assembly(made))
+    return offline.figures(made), set(found)
 
 
 def arrays(dtype: str, heads: tuple[int, ...], length: int, dim: int) -> list[np.ndarray]:
@@ -113,7 +106,7 @@ SPILLS = {"sm_90": 48, "sm_80": 32}
 @pytest.mark.parametrize(("arch", "dtype", "dim"), CASES)
 def test_forward(arch: str, dtype: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, careful = launched(monkeypatch, arch, forward, "forward", forward_of(dtype, dim))
-    made, names = products(monkeypatch, plain, arch)
+    made, names = products(plain, arch)
     if arch in NATIVE:
         assert names == {NATIVE[arch]}
     else:
@@ -122,7 +115,7 @@ def test_forward(arch: str, dtype: str, dim: int, monkeypatch: pytest.MonkeyPatc
     assert made.spilled <= SPILLS.get(arch, 0)
     # The launch behind it, which puts numbers in place of some values, multiplies float16.
     if (arch, dtype, dim) == ("sm_90", "float8_e4m3fn", 128):
-        _, names = products(monkeypatch, careful, arch)
+        _, names = products(careful, arch)
         assert names
         assert all(re.fullmatch(HALF[arch], name) for name in names)
 
@@ -158,7 +151,7 @@ def test_over_a_cache(arch: str, queries: str, monkeypatch: pytest.MonkeyPatch) 
     (found,) = launched(
         monkeypatch, arch, decode, "decode", lambda: launch_decode.forward(problem, call.operands, results)
     )
-    figures, names = products(monkeypatch, found, arch)
+    figures, names = products(found, arch)
     assert names
     assert not any(name.startswith("Q") for name in names)
     assert figures.spilled <= SPILLS.get(arch, 0), figures

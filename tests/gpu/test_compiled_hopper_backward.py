@@ -8,13 +8,15 @@ writes the figures of the installed Triton into it.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gpu.machine_code import printed
 
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets_hopper_backward.json"
@@ -26,13 +28,7 @@ SHARED_SLACK = 1024
 
 
 def measured(version: str) -> dict[str, dict[str, Any]]:
-    """In a process of its own, where kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "shipped_hopper_backward.py"), *NAMES[version]]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return printed("shipped_hopper_backward.py", *NAMES[version])
 
 
 def wrong(figures: dict[str, Any], stack: int) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +11,16 @@ pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).parent))
 
-import offline
 import torch
 
-from anyflash.kernels.triton import prepare, scattered, tables
+from anyflash.kernels.triton import offline, prepare, scattered, tables
 from anyflash.kernels.triton.program import functions
+from gpu.stand import Stand
 
 TARGETS = ("sm_90", "gfx942")
-X, F = offline.Stand(torch.bfloat16), offline.Stand(torch.float32)
-I, L = offline.Stand(torch.int32), offline.Stand(torch.int64)
+X, F = Stand(torch.bfloat16), Stand(torch.float32)
+I, L = Stand(torch.int32), Stand(torch.int64)
 ROWS, HEADS, DIM = 4096, 16, 64
 ARRAY = (ROWS * HEADS * DIM, HEADS * DIM, DIM, 1)
 LSE, STATS = (HEADS * ROWS, ROWS, 1), (HEADS * ROWS, HEADS * ROWS, ROWS, 1)

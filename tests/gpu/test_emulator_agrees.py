@@ -6,8 +6,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,42 +14,31 @@ pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).parent))
 
-import offline
 import torch
 import triton
-from triton.compiler import make_backend
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import create_function_from_signature
 
+from anyflash.kernels.triton import offline
 from gpu import emulated_faults as faults
 from gpu import emulated_kernels as kernels
+from gpu.stand import Stand
 
-HOPPER = offline.TARGETS["sm_90"]
 _GLUON = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 def compile_for_hopper(kernel: Any, *arguments: Any) -> Any:
-    backend = make_backend(HOPPER)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*arguments, num_warps=4)
-    options, signature, constexprs, attributes = kernel._pack_args(
-        backend, {"num_warps": 4}, bound, specialization, options
-    )
-    source = GluonASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=HOPPER, options=options.__dict__)
+    return offline.binary(kernel, "sm_90", *arguments, num_warps=4)
 
 
 def boxes(shape: list[int], block: list[int], dtype: torch.dtype = torch.bfloat16) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON[dtype])
-    return TensorDescriptor(offline.Stand(dtype), shape, [shape[1], 1], block, layout)
+    return TensorDescriptor(Stand(dtype), shape, [shape[1], 1], block, layout)
 
 
 SQUARE = boxes([256, 64], [64, 64])
-FLOATS, INTEGERS = offline.Stand(torch.float32), offline.Stand(torch.int32)
+FLOATS, INTEGERS = Stand(torch.float32), Stand(torch.int32)
 RIGHT: dict[str, tuple[Any, ...]] = {
     "copy": (kernels.copy, SQUARE, SQUARE),
     "ring": (kernels.double, SQUARE, SQUARE, 5, 2),
@@ -66,7 +53,7 @@ RIGHT: dict[str, tuple[Any, ...]] = {
     "8 bits": (
         kernels.product_of_8_bits,
         *[boxes([64, 64], [64, 64], torch.float8_e4m3fn)] * 2,
-        offline.Stand(torch.float32),
+        Stand(torch.float32),
         True,
     ),
     "turns": (kernels.in_turn, INTEGERS, INTEGERS, True),
