@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from anyflash.kernels.triton import decode as kernels
 from anyflash.kernels.triton import schedule
@@ -93,10 +95,10 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     capacity = problem.page_size if table is None else table.shape[1] * problem.page_size
     sinks, cu_seqlens_q, _, seqused_k, tables = call.shared_arrays()
     leftpad = None if operands.leftpad_k is None else neighbours(operands.leftpad_k)
-    mask = parse(problem.program.mask or "true")
-    headed = problem.group > 1 and _reads(mask, "head")
+    mask = _known(problem.program.mask)
+    headed = problem.group > 1 and mask.by_head
     masked = call.functions.masked
-    trim = masked and not headed and not _loads_along_keys(mask)
+    trim = masked and not headed and not mask.loads_along_keys
     kernels.decode[(programs * parts,)](
         *[bits(view) for view in (operands.q, operands.k, operands.v)],
         *[pointer(view) for view in (results.out, results.lse, results.stats)],
@@ -133,7 +135,7 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         MASK=masked,
         TRIM=trim,
         # A walk without runs keeps a third of the registers free. Many rows gain more from full tiles.
-        RUNS=masked and not headed and not (split and trim and _is_interval(mask)),
+        RUNS=masked and not headed and not (split and trim and mask.interval),
         HIDES=call.hides,
         SINKS=problem.program.sinks,
         PACKED=problem.packed_q,
@@ -148,6 +150,21 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         FORMAT_Q=format_of(problem.dtype),
         FORMAT=narrow,
     )
+
+
+class _Mask(NamedTuple):
+    """What a mask's formula says of how tiles are walked."""
+
+    by_head: bool
+    loads_along_keys: bool
+    interval: bool
+
+
+@lru_cache(maxsize=256)
+def _known(mask: str | None) -> _Mask:
+    """Found once for each formula: every layer of a model asks at every step."""
+    tree = parse(mask or "true")
+    return _Mask(_reads(tree, "head"), _loads_along_keys(tree), _is_interval(tree))
 
 
 def _reads(expr: Expr, name: str) -> bool:
