@@ -7,7 +7,8 @@
     elementary.py    what generated source calls, in this dialect
     mask.py          runs of key tiles of one class; scores with program and mask
     softmax.py       one online step
-    forward.py       out, lse, stats
+    forward.py       the walk: products and softmax in step
+    results.py       out, lse, stats
     schedule.py      tiles, stages, consumers and registers by head_dim; shared memory, order of work
     launch.py        views to descriptors and launches
     backward.py      dk and dv of a block of keys, and with REDUCE its part of dq

@@ -31,15 +31,13 @@ from anyflash.kernels.gluon.hopper import (
     barrier_init,
     barrier_wait,
     barriers,
-    fence,
     pin,
     tma_load,
-    tma_store,
     tma_store_wait,
     wgmma,
     wgmma_wait,
 )
-from anyflash.kernels.gluon.mask import next_run, scores
+from anyflash.kernels.gluon.mask import first_run, next_run, scores
 from anyflash.kernels.gluon.pipeline import (
     await_full,
     fill,
@@ -51,32 +49,9 @@ from anyflash.kernels.gluon.pipeline import (
     take_turn,
     tile_of,
 )
-from anyflash.kernels.gluon.sequences import box, sequence, work
-from anyflash.kernels.gluon.softmax import settled, start, step
-
-
-@gluon.jit
-def item_at(item, grid, lengths, PACKED: gl.constexpr, USED: gl.constexpr, BLOCK_M: gl.constexpr):
-    """First row of an item, `at` (batch, head, q_len, k_len), and first row and key of its sequence."""
-    blocks, heads, planes, section, entries, group = grid
-    cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k = lengths
-    block, head, batch = work(item, blocks, heads, planes, section, entries, cu_seqlens_q, PACKED, BLOCK_M)
-    q_start, q_len, k_start, k_len = sequence(
-        batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
-    )
-    return block * BLOCK_M, (batch, head, q_len, k_len), q_start, k_start
-
-
-@gluon.jit
-def first_run(first_row, at, tables, TILE_CLASS: gl.constexpr, MASK: gl.constexpr, WIDE: gl.constexpr,
-              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
-    """The first run of tiles of an item, from the last keys; its highest tile is -1 if there is none."""
-    last = gl.where(first_row < at[2], gl.cdiv(at[3], BLOCK_N), 0) - 1
-    if MASK:
-        kind, high, low = next_run(last, first_row, at, tables, TILE_CLASS, WIDE, BLOCK_M, BLOCK_N)
-    else:
-        kind, high, low = last * 0 + 2, last, last * 0
-    return kind, high, low
+from anyflash.kernels.gluon.results import finish
+from anyflash.kernels.gluon.sequences import box, item_at
+from anyflash.kernels.gluon.softmax import start, step
 
 
 @gluon.jit
@@ -263,49 +238,6 @@ def consumer(
             taken += 1
         item += gl.num_programs(0)
     tma_store_wait(0)
-
-
-@gluon.jit
-def finish(
-    acc,
-    state,
-    at,
-    q_start,
-    first_row,
-    arrays,
-    grid,
-    numbers,
-    buffer,
-    C: gl.constexpr,
-    O_LAYOUT: gl.constexpr,
-):
-    """Store the results of 64 rows. TMA leaves out what lies past the end of the sequence or of a row."""
-    q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
-    DIM_V: gl.constexpr = v.block_type.shape[-1]
-    scale, unit = numbers
-    batch, head, q_len, k_len = at
-    natural, m, log_sum, inverse = settled(state, unit)
-    rows = first_row + gl.arange(0, 64, layout=m.type.layout)
-    there = rows < q_len
-    plane = head if C.packed else batch * grid[1] + head
-    place = plane.to(gl.int64) * plane_rows + q_start + rows
-    gl.store(lse + place, natural, mask=there)
-    gl.store(stats + place, m, mask=there)
-    gl.store(stats + place + gl.cast(grid[2], gl.int64) * plane_rows, log_sum, mask=there)
-    if C.guard:
-        block = first_row // 64
-        if C.packed:
-            block += q_start // 64 + batch
-        else:
-            block = odd_blocks - 1 - block
-        broken = gl.max(gl.max(gl.where(gl.abs(acc) < float("inf"), 0, 1), 1), 0)
-        gl.store(odd + plane * odd_blocks + block, broken, mask=first_row < q_len)
-    values = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT)), 1)
-    # The last item's store has to be done with the buffer.
-    tma_store_wait(0)
-    buffer.reshape([64, DIM_V]).store(values.to(out.dtype))
-    fence()
-    tma_store(out, box(batch, head, q_start, q_len, first_row, C.packed), buffer)
 
 
 _NUMBERS = [

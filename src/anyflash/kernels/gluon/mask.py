@@ -78,6 +78,18 @@ def next_run(high, first_row, at, tables, TILE_CLASS: gl.constexpr, WIDE: gl.con
 
 
 @gluon.jit
+def first_run(first_row, at, tables, TILE_CLASS: gl.constexpr, MASK: gl.constexpr, WIDE: gl.constexpr,
+              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+    """The first run of tiles of an item, from the last keys; its highest tile is -1 if there is none."""
+    last = gl.where(first_row < at[2], gl.cdiv(at[3], BLOCK_N), 0) - 1
+    if MASK:
+        kind, high, low = next_run(last, first_row, at, tables, TILE_CLASS, WIDE, BLOCK_M, BLOCK_N)
+    else:
+        kind, high, low = last * 0 + 2, last, last * 0
+    return kind, high, low
+
+
+@gluon.jit
 def along(first, EXTENT: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
     """first, first + 1, ... along an axis of a tile: (EXTENT, 1) or (1, EXTENT)."""
     return gl.expand_dims(first + gl.arange(0, EXTENT, layout=gl.SliceLayout(1 - AXIS, LAYOUT)), 1 - AXIS)

@@ -85,3 +85,15 @@ def box(batch, head, start, length, row, PACKED: gl.constexpr):
     else:
         coordinates = (batch, head, row, 0)
     return coordinates
+
+
+@gluon.jit
+def item_at(item, grid, lengths, PACKED: gl.constexpr, USED: gl.constexpr, BLOCK_M: gl.constexpr):
+    """First row of an item, `at` (batch, head, q_len, k_len), and first row and key of its sequence."""
+    blocks, heads, planes, section, entries, group = grid
+    cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k = lengths
+    block, head, batch = work(item, blocks, heads, planes, section, entries, cu_seqlens_q, PACKED, BLOCK_M)
+    q_start, q_len, k_start, k_len = sequence(
+        batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
+    )
+    return block * BLOCK_M, (batch, head, q_len, k_len), q_start, k_start
