@@ -154,7 +154,7 @@ def parts(place: Place, clock: Clock, found: Found, keep: Callable[[str, str, An
         "grid": lambda: grid.grid(place, clock, "grid", into("grid"), ours),
         "decode": lambda: decode.speed(place, clock, "decode", into("decode"), copy()),
         "sweep": lambda: grid.sweep(place, clock, "sweep", into("sweep")),
-        "contract": lambda: correctness.contract(place, clock, "contract", into("contract"), "triton"),
+        "contract": lambda: correctness.contract(place, clock, "contract", into("contract"), ours),
         "checkers": lambda: checkers.checkers(place, clock, "checkers", into("checkers"), ours),
         "ptxas": lambda: checkers.other_compilers(place, clock, "ptxas", into("ptxas"), ours),
     }

@@ -16,6 +16,8 @@ from gpureport.place import Clock, Place
 TOKENS, WIDTH = 16384, 2048
 LENGTHS = (8192, 2048, 16384, 4096, 1024, 512)
 DIMS = (128, 64, 256)
+# More than there are work items.
+_EVERY_ITEM = 2**30
 Keep = Callable[[str, Any], None]
 
 
@@ -133,26 +135,34 @@ def _flex(q: Any, k: Any, v: Any, causal: bool) -> Callable[[], Any]:
 
 
 def sweep(place: Place, clock: Clock, part: str, keep: Keep) -> None:
-    """Hopper's forward with other stages, consumers and turns than its table has: each is checked against the
-    table's own result before it is timed. What the schedule's Tiles do not hold cannot be swept."""
-    from anyflash.kernels.gluon import schedule
+    """Hopper's forward with other stages, widths, turns and buffers than its table has, and with a program
+    for each work item in place of persistent ones: each is checked against the table's own result before it
+    is timed."""
+    from anyflash.kernels.gluon import launch, schedule
 
     case = Case("bfloat16", 128, 8192, 8192, True, "plain", 2, 16, 16, "hopper")
+    if place.dry:
+        case = replace(case, rows=70, keys=200, batch=1, heads=2, kv_heads=1)
     made = make(case, place.device)
     call = made.call
     if why := call.declined():
         keep("declined", why)
         return
-    table = schedule._FORWARD
+    table, processors = schedule._FORWARD, launch.processors
     key = schedule.padded(case.dim), schedule.padded(case.dim)
     shipped = table[key]
     wanted = call.forward(call.results())[0].float()
     try:
-        for tiles in clock.while_time(part, [shipped, *_variants(schedule, shipped, case.dim)], []):
+        keep(str(shipped), _variant(case, call, wanted, place))
+        launch.processors = lambda device: _EVERY_ITEM
+        keep("a program for each item", _variant(case, call, wanted, place))
+        launch.processors = processors
+        variants = list(_variants(schedule, shipped, case.dim))
+        for tiles in clock.while_time(part, variants[:2] if place.dry else variants, []):
             table[key] = tiles
             keep(str(tiles), _variant(case, call, wanted, place))
     finally:
-        table[key] = shipped
+        table[key], launch.processors = shipped, processors
 
 
 def _variant(case: Case, call: Any, wanted: Any, place: Place) -> dict[str, Any]:

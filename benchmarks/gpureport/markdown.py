@@ -6,6 +6,17 @@ from typing import Any
 
 Found = dict[str, Any]
 NAMES = ("triton", "hopper", "cudnn", "flash", "flex", "math")
+# What the kernels for Hopper are to reach on an H200, TFLOP/s: by direction and cell.
+GOALS = {
+    "forward": {
+        "128 2048 full": 640, "128 8192 full": 695, "128 16384 full": 705, "128 2048 causal": 490,
+        "128 8192 causal": 650, "128 16384 causal": 680, "64 16384 full": 500, "256 16384 full": 740,
+    },
+    "backward": {
+        "128 2048 full": 510, "128 8192 full": 600, "128 16384 full": 615, "128 2048 causal": 375,
+        "128 8192 causal": 545, "128 16384 causal": 585,
+    },
+}  # fmt: skip
 
 
 def markdown(found: Found) -> str:
@@ -23,7 +34,8 @@ def markdown(found: Found) -> str:
             lines += [f"- wrong: {name}: {judged[name]}" for name in wrong]
     for part in [name for name in found if name.startswith("contract")]:
         lines += ["", f"## {part}", "", *[f"- {name}: {said}" for name, said in found[part].items()]]
-    lines += _grid(found.get("grid", {})) + _decode(found.get("decode", {})) + _sweep(found.get("sweep", {}))
+    lines += _grid(found.get("grid", {})) + _goals(found.get("grid", {}))
+    lines += _decode(found.get("decode", {})) + _sweep(found.get("sweep", {}))
     for part in ("checkers", "ptxas"):
         if found.get(part):
             lines += ["", f"## {part}", ""]
@@ -58,6 +70,26 @@ def _grid(cells: Found) -> list[str]:
             )
     failed = {f"{n}: {why}" for c in _dicts(cells) for n, why in c.get("failed", {}).items()}
     return lines + ([""] + [f"- {line}" for line in sorted(failed)[:20]] if failed else [])
+
+
+def _goals(cells: Found) -> list[str]:
+    lines = []
+    for which, goals in GOALS.items():
+        for cell, goal in goals.items():
+            record = cells.get(cell)
+            speed = record.get("TFLOP/s", {}).get(which, {}) if isinstance(record, dict) else {}
+            if "hopper" in speed:
+                peer = f"{speed['hopper'] / speed['cudnn']:.2f}" if "cudnn" in speed else "-"
+                said = "reached" if speed["hopper"] >= goal else f"{speed['hopper'] / goal:.0%}"
+                lines.append(f"| {which} {cell} | {speed['hopper']:.0f} | {goal} | {said} | {peer} |")
+    head = [
+        "",
+        "## What is to be reached",
+        "",
+        "| | hopper | to reach | | of cuDNN |",
+        "|---|---:|---:|---|---:|",
+    ]
+    return head + lines if lines else []
 
 
 def _decode(cells: Found) -> list[str]:

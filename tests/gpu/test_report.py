@@ -17,10 +17,12 @@ pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_report
+from gpu import emulated
 from gpureport import correctness, decode, markdown
 from gpureport.place import Clock, Place
 
-# Left out: what compiles (`warm`), what takes long here (`contract`), and what there is on a Hopper alone.
+# Left out: what compiles (`warm`), what takes long here (`contract`), and what there is on a Hopper alone,
+# which the emulator runs.
 PARTS = ("ceilings", "triton", "caches", "graphs", "eight bits", "grid", "decode", "checkers", "ptxas")
 
 
@@ -44,6 +46,18 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (tmp_path / "gpu.md").read_text()
     assert "times mean nothing" in page
     assert "## triton: 3 of 3 right" in page
+
+
+def test_hopper_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = emulated.install(monkeypatch)
+    monkeypatch.setattr(gpu_report, "present", lambda: ("hopper",))
+    status, found = run(tmp_path, monkeypatch, "--parts", "hopper,sweep,contract")
+    assert status == 0, "\n".join(found["errors"].values())
+    assert all(case["right"] for case in found["hopper"].values()), found["hopper"]
+    assert found["contract"]["cases on hopper"]["ran"] == 2 and len(found["contract"]) == 1
+    assert len(found["sweep"]) > 2
+    assert all("TFLOP/s" in variant for variant in found["sweep"].values()), found["sweep"]
+    assert {"forward", "backward", "backward_dq"} <= set(launched)
 
 
 def test_a_part_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +110,16 @@ def test_unused_slots_hold_nan() -> None:
     _, cache = decode.made(case, "cpu", lengths)
     held = torch.isnan(cache.k).any(-1).any(-1)
     assert int((~held).sum()) == 37
+
+
+def test_goals() -> None:
+    place = Place(dry=False, quick=False)
+    names = {gpu_report.grid.cell_name(case) for case in gpu_report.grid.cells(place)}
+    assert all(goals.keys() <= names for goals in markdown.GOALS.values())
+    speed = {"forward": {"hopper": 347.5, "cudnn": 695.0}, "backward": {"hopper": 615.0}}
+    page = markdown.markdown({"machine": {}, "grid": {"128 8192 full": {"TFLOP/s": speed}}})
+    assert "| forward 128 8192 full | 348 | 695 | 50% | 0.50 |" in page
+    assert "| backward 128 8192 full | 615 | 600 | reached | - |" in page
 
 
 def test_page_of_nothing() -> None:
