@@ -82,7 +82,9 @@ def producer(
         delta_place = batch * row_steps[3] + head * row_steps[4] + q_start
         tile = tiles * 0
         while tile < tiles:
-            kind, end = run_up(tile, tiles, first_k, at, tables, TILE_CLASS, C.masked, BLOCK_M, BLOCK_N)
+            kind, end = run_up(
+                tile, tiles, first_k, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N
+            )
             tile = gl.where(kind == 0, end, tile)
             while tile < end:
                 row = tile * BLOCK_M
@@ -239,7 +241,9 @@ def consumer(
         at = (batch, kv_head * group + member, q_len, k_len)
         tile = tiles * 0
         while tile < tiles:
-            kind, end = run_up(tile, tiles, first_k, at, tables, TILE_CLASS, C.masked, BLOCK_M, BLOCK_N)
+            kind, end = run_up(
+                tile, tiles, first_k, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N
+            )
             if kind != 0:
                 dk, dv, n = run_of_rows(
                     (dk, dv), n, tile, end, kind == 1, shared, (q, k, v, dq), q_start, first_k, at, tables,
