@@ -57,6 +57,8 @@ _COMPILED = (
     "tests/gpu/test_compiled_others.py",
     "tests/gpu/test_compiled_hopper.py",
     "tests/gpu/test_compiled_hopper_backward.py",
+    "tests/gpu/test_compiled_pages.py",
+    "tests/gpu/test_emulated_pages.py",
     "tests/gpu/test_emulator.py",
     "tests/gpu/test_emulator_agrees.py",
     "tests/gpu/test_tuner.py",

@@ -20,6 +20,7 @@ kernel that breaks a rule raises an error of `errors` that names buffer, stage, 
     scheduler       partitions, policies, events; machine: the one launch that runs
     clocks          what has happened before what
     memory          shared memory: races, fences;  device_memory, regions: global memory
+    swizzle         where bytes of a tile lie, where a buffer is seen in two layouts
     barriers        mbarriers and named barriers
     tma, wgmma      asynchronous copies and products
     tensor, dtypes, language    values, and Gluon's functions of them
@@ -36,8 +37,9 @@ Not modelled, so that a fault of this kind is not seen:
 - a partition is one thread: warps of one partition that run apart (Triton brings them together before an
   arrival or a copy, as test_emulator_agrees.py checks of one kernel);
 - registers, spills, `setmaxnreg` beyond the range of its number, speed;
-- layouts beyond equality and the number of warps: which thread holds what, swizzles, bank conflicts, slices
-  of shared memory across a swizzle; results of `reshape`, `permute`, `join`, `split` have no layout;
+- layouts beyond equality and the number of warps: which thread holds what, swizzles but of a buffer that is
+  reinterpreted, bank conflicts, slices of shared memory across a swizzle; results of `reshape`, `permute`,
+  `join`, `split` have no layout;
 - reads by threads before TMA overwrites (write after read across proxies): PTX wants a fence there too, and
   practice is to rely on the barrier's release;
 - a register operand of wgmma in flight: values never change here; the compiler must keep them;

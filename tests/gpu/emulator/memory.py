@@ -11,7 +11,7 @@ known. What threads stored must be fenced before either reads or overwrites it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from triton.experimental.gluon import language as gl
 from gpu.emulator import machine
 from gpu.emulator.clocks import Clock
 from gpu.emulator.dtypes import to_gluon, to_torch
-from gpu.emulator.errors import Mismatch, MissingFence, Race
+from gpu.emulator.errors import Mismatch, MissingFence, Race, Unknown
 from gpu.emulator.scheduler import Task
 from gpu.emulator.source import assigned_name, where
+from gpu.emulator.swizzle import places
 from gpu.emulator.tensor import Tensor
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -71,6 +72,8 @@ class Allocation:
         self.bytes = torch.full((size,), 255, dtype=torch.uint8)
         self._accesses: dict[Place, dict[Any, _Access]] = {}
         self._masks: dict[Place, torch.Tensor] = {}
+        # Bytes of an access that nobody has written since, where somebody wrote others of it.
+        self._left: dict[Place, torch.Tensor] = {}
         # Of a pair: do they overlap, and does the first have all of the second?
         self._shared: dict[tuple[Place, Place], tuple[bool, bool]] = {}
 
@@ -90,6 +93,15 @@ class Allocation:
             self._shared[a, b] = bool((mine & theirs).any()), not bool((theirs & ~mine).any())
         return self._shared[a, b]
 
+    def _overwritten(self, place: Place, by: Place) -> bool:
+        """Are all bytes of a place written anew, now that those of another are?"""
+        touches, covers = self._both(by, place)
+        if touches and not covers:
+            left = self._left.get(place)
+            self._left[place] = (self._mask(place) if left is None else left) & ~self._mask(by)
+            covers = not bool(self._left[place].any())
+        return covers
+
     def access(self, place: Place, name: str, writes: bool, operation: Operation | None) -> None:
         task = operation.task if operation is not None else machine.task()
         clock = operation.clock if operation is not None else task.clock
@@ -108,8 +120,10 @@ class Allocation:
                     raise MissingFence(f"{said}, and no fence lies between this and: {earlier.said}")
         if writes:
             # Who is ordered after this is ordered after all that this was ordered after.
-            for other in [other for other in self._accesses if self._both(place, other)[1]]:
+            for other in [other for other in self._accesses if self._overwritten(other, place)]:
                 del self._accesses[other]
+                self._left.pop(other, None)
+        self._left.pop(place, None)
         records = self._accesses.setdefault(place, {})
         key = operation if operation is not None else (task.index, writes)
         tick = clock.ticks.get(task.index, 0)
@@ -141,40 +155,48 @@ class SharedMemory:
         return to_gluon(self.data.dtype)
 
     @property
+    def _elements(self) -> torch.Tensor:
+        """A tensor of this view's shape."""
+        return self.data
+
+    @property
     def shape(self) -> list[int]:
-        return list(self.data.shape)
+        return list(self._elements.shape)
 
     @property
     def rank(self) -> int:
-        return self.data.dim()
+        return self._elements.dim()
 
     @property
     def numel(self) -> int:
-        return self.data.numel()
+        return self._elements.numel()
 
     @property
     def nbytes_per_cta(self) -> int:
-        return self.data.numel() * self.data.element_size()
+        return self.numel * self.data.element_size()
 
     @property
     def type(self) -> Any:
         return gl.shared_memory_descriptor_type(self.dtype, self.shape, self.layout, self.shape)
 
-    def _view(self, data: torch.Tensor, layout: Any, suffix: str) -> SharedMemory:
-        return SharedMemory(self.memory, data, layout, self.name + suffix)
+    def _view(self, turned: Callable[[torch.Tensor], torch.Tensor], layout: Any, suffix: str) -> SharedMemory:
+        return SharedMemory(self.memory, turned(self.data), layout, self.name + suffix)
+
+    def put(self, values: torch.Tensor) -> None:
+        self.data.copy_(values)
 
     def index(self, index: Any) -> SharedMemory:
         at = int(index)
-        if not 0 <= at < self.data.shape[0]:
-            raise Mismatch(f"{self.name} has {self.data.shape[0]} stages; stage {at} is asked for")
-        return self._view(self.data[at], self.layout, f"[{at}]")
+        if not 0 <= at < self.shape[0]:
+            raise Mismatch(f"{self.name} has {self.shape[0]} stages; stage {at} is asked for")
+        return self._view(lambda data: data[at], self.layout, f"[{at}]")
 
     def slice(self, start: Any, length: Any, dim: Any = 0) -> SharedMemory:
         low, extent, axis = int(start), int(length), int(dim)
-        if low < 0 or low + extent > self.data.shape[axis]:
+        if low < 0 or low + extent > self.shape[axis]:
             raise Mismatch(f"slice {low} to {low + extent} of axis {axis} of {self.name}{self.shape}")
         suffix = f"[{', '.join([':'] * axis + [f'{low}:{low + extent}'])}]"
-        return self._view(self.data.narrow(axis, low, extent), self.layout, suffix)
+        return self._view(lambda data: data.narrow(axis, low, extent), self.layout, suffix)
 
     def permute(self, order: Sequence[Any]) -> SharedMemory:
         layout = self.layout
@@ -185,17 +207,19 @@ class SharedMemory:
             )
         elif turned != sorted(turned):
             layout = None
-        return self._view(self.data.permute(turned), layout, "^T")
+        return self._view(lambda data: data.permute(turned), layout, "^T")
 
     def reshape(self, shape: Sequence[Any]) -> SharedMemory:
         extents = [int(extent) for extent in shape]
-        return self._view(self.data.view(extents), self.layout if extents == self.shape else None, "")
+        return self._view(lambda data: data.view(extents), self.layout if extents == self.shape else None, "")
 
     def reinterpret(self, dtype: Any = None, shape: Any = None, layout: Any = None) -> SharedMemory:
         element = self.data.dtype if dtype is None else to_torch(dtype)
         extents = self.shape if shape is None else [int(extent) for extent in shape]
+        if isinstance(layout, gl.NVMMASharedLayout):
+            return _recast(self, element, extents, layout)
         flat = self.data.view(-1).view(torch.uint8).view(element)
-        return self._view(flat[: torch.Size(extents).numel()].view(extents), layout or self.layout, "")
+        return self._view(lambda _: flat[: torch.Size(extents).numel()].view(extents), self.layout, "")
 
     _reinterpret = reinterpret
 
@@ -208,9 +232,8 @@ class SharedMemory:
         self.memory.access(self._place, self.name, writes, operation)
 
     def poison(self) -> None:
-        self.data.view(_SAME_SIZE[self.data.element_size()]).fill_(
-            -1 if self.data.element_size() > 1 else 255
-        )
+        bits = ~torch.zeros_like(self.data.view(_SAME_SIZE[self.data.element_size()]))
+        self.put(bits.view(self.data.dtype))
 
     def load(self, layout: Any = None) -> Tensor:
         machine.scheduler().pause()
@@ -225,7 +248,56 @@ class SharedMemory:
             wanted = f"{self.shape} {self.data.dtype}"
             raise Mismatch(f"{self.name} is {wanted}; stored is {value.shape} {value.data.dtype}")
         self.touch(True)
-        self.data.copy_(value.data)
+        self.put(value.data)
 
     def _keep_alive(self) -> None:
         pass
+
+
+class Recast(SharedMemory):
+    """A view of a buffer in another layout: `at` are the elements of `flat`, the buffer as it was."""
+
+    def __init__(
+        self, memory: Allocation, flat: torch.Tensor, at: torch.Tensor, layout: Any, name: str
+    ) -> None:
+        self.memory, self.layout, self.name = memory, layout, name
+        self._flat, self._at = flat, at
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self._flat[self._at]
+
+    @property
+    def dtype(self) -> Any:
+        return to_gluon(self._flat.dtype)
+
+    @property
+    def _elements(self) -> torch.Tensor:
+        return self._at
+
+    def _view(self, turned: Callable[[torch.Tensor], torch.Tensor], layout: Any, suffix: str) -> Recast:
+        return Recast(self.memory, self._flat, turned(self._at), layout, self.name + suffix)
+
+    def put(self, values: torch.Tensor) -> None:
+        self._flat[self._at] = values
+
+    @property
+    def _place(self) -> Place:
+        first, count = int(self._at.min()), self._at.numel()
+        if int(self._at.max()) - first + 1 != count:
+            raise Unknown(f"which bytes a part of {self.name} touches")
+        return first, (count,), (1,), self._flat.element_size()
+
+
+def _recast(buffer: SharedMemory, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> SharedMemory:
+    """The buffer's bytes, from its first on, as tiles of another shape and layout."""
+    if dtype != buffer.data.dtype:
+        raise Unknown(f"{buffer.name} of {buffer.data.dtype} as {dtype}, in another layout")
+    size = torch.Size(shape).numel()
+    if size > buffer.numel or not buffer.data.is_contiguous():
+        raise Mismatch(f"{buffer.name} of {buffer.shape} as {list(shape)}")
+    lying = torch.empty(buffer.numel, dtype=torch.int64)
+    lying[places(buffer.layout, buffer.shape).flatten()] = torch.arange(buffer.numel)
+    first = buffer.data.storage_offset()
+    at = lying[places(layout, shape).flatten()].view(list(shape)) + first
+    return Recast(buffer.memory, buffer.memory.bytes.view(buffer.data.dtype), at, layout, buffer.name)

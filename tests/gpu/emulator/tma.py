@@ -147,7 +147,7 @@ def load(
     program.loads.add(operation)
 
     def complete() -> None:
-        buffer.data.copy_(descriptor.read(places))
+        buffer.put(descriptor.read(places))
         program.loads.discard(operation)
         barrier.delivered(descriptor.nbytes, operation.number)
 

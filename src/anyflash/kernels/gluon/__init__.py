@@ -3,6 +3,7 @@
     hopper.py        TMA, barriers, wgmma: the only module that knows Gluon's versions
     pipeline.py      rings of shared-memory stages, and the turns of ping-pong
     sequences.py     work items, where their rows and keys lie, coordinates of TMA boxes
+    pages.py         keys of a cache, loaded by pages;  launch_pages.py: what it is given
     versions.py      which versions of Triton
     elementary.py    what generated source calls, in this dialect
     mask.py          runs of key tiles of one class; scores with program and mask

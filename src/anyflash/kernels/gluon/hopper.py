@@ -20,6 +20,7 @@ Kernels of this folder use these names and no other way to the hardware; an emul
     fence()                          what this partition stored to shared memory, seen by TMA and wgmma
     named_wait(name, THREADS)        hardware barrier `name` (9 to 15): until THREADS have come, with these
     named_arrive(name, THREADS)      come, and go on
+    recast(buffers, COUNT, ROWS, COLUMNS)    the same shared memory as COUNT tiles, as wgmma reads them
     pin(x)                           x again, float32; its computation is not moved past this place
 
     TensorDescriptor                 a descriptor made on the host
@@ -57,6 +58,7 @@ __all__ = [
     "named_arrive",
     "named_wait",
     "pin",
+    "recast",
     "shared_layout",
     "tma_add",
     "tma_load",
@@ -81,6 +83,9 @@ wgmma: Any = warpgroup_mma
 wgmma_wait: Any = warpgroup_mma_wait
 fence: Any = fence_async_shared
 shared_layout: Any = gl.NVMMASharedLayout.get_default_for
+
+# 3.9 took its underscore away.
+_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 if hasattr(tma, "async_atomic_add"):
     tma_add: Any = tma.async_atomic_add
@@ -133,3 +138,13 @@ def pin(x):
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1
     )  # fmt: skip
+
+
+@gluon.jit
+def recast(buffers, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, buffers.dtype.primitive_bitwidth)
+    if _REINTERPRETS:
+        found = buffers.reinterpret(buffers.dtype, [COUNT, ROWS, COLUMNS], layout)
+    else:
+        found = buffers._reinterpret(buffers.dtype, [COUNT, ROWS, COLUMNS], layout)
+    return found
