@@ -50,13 +50,13 @@ def hopper_warnings(made: Any) -> int:
 
 
 def overlapped(code: str) -> list[int]:
-    """How many exponentials stand between a wait that leaves one product in flight and the wait for that one,
-    for each such place."""
+    """How many exponentials stand between a wait that leaves a product (in one piece or two) in flight and
+    the wait for it, for each such place."""
     found: list[int] = []
     count: int | None = None
     for line in code.splitlines():
         if "WARPGROUP.DEPBAR.LE" in line:
-            if re.search(r"gsb0, 0x1\b", line):
+            if re.search(r"gsb0, 0x[12]\b", line):
                 count = 0
             elif count is not None:
                 found.append(count)

@@ -54,7 +54,11 @@ CASES = (
     Case("program", lens=(70, 140), dims=(64, 64), terms=(SCORES["relative"],), batch=1),
     Case("sinks", lens=(70, 260), dims=(64, 64), sinks="randn", rules=(Causal(),), batch=1),
     Case("sinks_no_key", lens=(130, 70), dims=(64, 64), sinks="randn", rules=(Causal(),), batch=1),
-    Case("odd_dims", lens=(70, 140), dims=(96, 80), batch=1),
+    Case("pieces", lens=(70, 300), dims=(96, 96), rules=(Causal(),)),
+    Case("pieces_not_full", lens=(70, 140), dims=(96, 80), batch=1),
+    Case("pieces_of_v", lens=(130, 140), dims=(64, 192), terms=(Softcap(2.0),), batch=1),
+    Case("pieces_wide", lens=(130, 140), dims=(192, 192), rules=(Causal(),), heads=(2, 1), batch=1),
+    Case("pieces_packed", packed=SPARE, dims=(192, 96), rules=(Window(60, 2),)),
     Case("latent", lens=(130, 140), dims=(192, 128), rules=(Causal(),), heads=(2, 1), batch=1),
     Case("short_rows", lens=(70, 140), dims=(40, 136), batch=1),
     Case("negative_scale", lens=(70, 140), dims=(64, 64), scale=-0.3, batch=1),
@@ -174,7 +178,7 @@ def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     emulated.install(monkeypatch)
     q, k, v = arrays((1, 70, 2, 96), (1, 140, 1, 96), (1, 140, 1, 96))
     said = str(af.explain(q, k, v, causal=True, backend="hopper"))
-    assert "128 x 128, 2 consumers, 2 stages" in said
+    assert "128 x 128, 2 consumers, 3 stages" in said
     assert "go to the portable kernels" in said
 
 

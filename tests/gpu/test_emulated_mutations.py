@@ -32,6 +32,7 @@ from anyflash.kernels.gluon import (
     backward,
     backward_dq,
     forward,
+    pieces,
     pipeline,
     schedule,
     schedule_backward,
@@ -66,15 +67,18 @@ class Scenario:
     causal: bool = False
     backward: bool = False
     reduce: bool = False
+    dim: int = DIM
 
     def __str__(self) -> str:
         part = "backward, reduced" if self.reduce else "backward" if self.backward else "forward"
-        return f"{part}, turns {self.tiles.turns}" + (", causal" if self.causal else "")
+        more = (", causal" if self.causal else "") + (f", {self.dim}" if self.dim != DIM else "")
+        return f"{part}, turns {self.tiles.turns}{more}"
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(0)
         arrays = [
-            rng.standard_normal((1, LENGTH, heads, DIM)).astype(np.float16) for heads in (HEADS, 1, 1, HEADS)
+            rng.standard_normal((1, LENGTH, heads, self.dim)).astype(np.float16)
+            for heads in (HEADS, 1, 1, HEADS)
         ]
         object.__setattr__(self, "_dout", arrays.pop())
         object.__setattr__(
@@ -138,6 +142,7 @@ FORWARD = (
     Scenario(schedule.Tiles(64, 2, 2, 232, 40, 2, True)),
     Scenario(schedule.Tiles(64, 2, 2, 232, 40, 0, False)),
     Scenario(_PLAIN, causal=True),
+    Scenario(_PLAIN, dim=96),
 )
 BACKWARD = (Scenario(_PLAIN, backward=True, reduce=True), Scenario(_PLAIN, backward=True))
 
@@ -150,7 +155,8 @@ def functions(module: ModuleType) -> list[Any]:
 
 TRIED: dict[str, tuple[tuple[Scenario, ...], ModuleType]] = {
     "forward": (FORWARD, forward),
-    "pipeline": (FORWARD, pipeline),
+    "pieces": (FORWARD[-1:] + FORWARD[:1], pieces),
+    "pipeline": (FORWARD + BACKWARD[1:], pipeline),
 }
 if NEWEST:
     TRIED |= {"backward": (BACKWARD, backward), "backward_dq": (BACKWARD[1:], backward_dq)}

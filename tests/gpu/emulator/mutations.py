@@ -57,7 +57,7 @@ CALLS: dict[str, Alteration | None] = {
 }
 
 ARRIVALS = frozenset(("barrier_arrive", "release"))
-WAITS = frozenset(("wgmma_wait", "tma_store_wait"))
+WAITS = frozenset(("wgmma_wait", "await_outer", "await_last", "tma_store_wait"))
 
 
 @dataclass(frozen=True)

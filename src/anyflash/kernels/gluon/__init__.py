@@ -5,6 +5,7 @@
     sequences.py     work items, where their rows and keys lie, coordinates of TMA boxes
     pages.py         keys of a cache, loaded by pages;  launch_pages.py: what it is given
     versions.py      which versions of Triton
+    pieces.py        heads of 96 and 192 columns as two powers of two
     elementary.py    what generated source calls, in this dialect
     mask.py          runs of key tiles of one class; scores with program and mask
     softmax.py       one online step
@@ -23,9 +24,10 @@ rings, consumers multiply and never address global memory for q, k and v. Score 
 functions that `kernels/triton/program.py` writes, here in Gluon's dialect.
 
 Rules: operations of hopper.py are reached by its names only, imported one by one, because tests replace
-exactly those; every shape is a power of two; a head_dim is rounded up to 64, 128 or 256 and TMA fills the
-rest with zeros; rows past the end of a sequence are zeros too, never another sequence's; counters number the
-uses of ring stages, so that a barrier's phase goes on from one work item to the next.
+exactly those; every shape is a power of two; a head_dim is rounded up to 64, 96, 128, 192 or 256 (the
+backward's to 64, 128 or 256) and TMA fills the rest with zeros; rows past the end of a sequence are zeros
+too, never another sequence's; counters number the uses of ring stages, so that a barrier's phase goes on from
+one work item to the next.
 
 None of it has run on a GPU yet.
 """

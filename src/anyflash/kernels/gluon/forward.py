@@ -10,6 +10,8 @@ tile j it issues S_j = q . k_j and then out += P_(j-1) . v_(j-1); softmax j runs
 Consumers take turns in issuing, so that one's softmax also runs under another's products. Blocks are
 persistent: each takes the items i, i + programs, ...
 
+Whatever has columns of a head is in one piece or two (pieces.py): 96 columns are 64 and 32, 192 128 and 64.
+
     layout      s  (64, BLOCK_N)  and acc (64, DIM_V): wgmma's, one row in 4 threads, 2 rows a thread
                 p  wgmma's operand in registers: P never goes through memory
     registers   acc DIM_V / 2, s and p BLOCK_N / 2, P BLOCK_N / 4 words a thread; see schedule.py
@@ -27,27 +29,36 @@ from triton.experimental.gluon import language as gl
 
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
-    barrier_expect,
     barrier_init,
     barrier_wait,
     barriers,
     pin,
-    tma_load,
     tma_store_wait,
-    wgmma,
     wgmma_wait,
 )
 from anyflash.kernels.gluon.mask import first_run, next_run, scores
+from anyflash.kernels.gluon.pieces import (
+    await_last,
+    await_outer,
+    buffers_for,
+    fill,
+    inner,
+    load,
+    matrices,
+    operand,
+    outer,
+    scaled,
+    sums,
+    together,
+)
 from anyflash.kernels.gluon.pipeline import (
     await_full,
-    fill,
-    make_ring,
     make_turns,
     open_turns,
     pass_turn,
     release,
+    ring_of,
     take_turn,
-    tile_of,
 )
 from anyflash.kernels.gluon.results import finish
 from anyflash.kernels.gluon.sequences import box, item_at
@@ -65,7 +76,7 @@ def producer(
     CONSUMERS: gl.constexpr = C.consumers
     STAGES: gl.constexpr = C.stages
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
-    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k[0].block_type.shape[-2]
     items = grid[0] * grid[2]
     item = gl.program_id(0)
     taken = item * 0
@@ -82,12 +93,9 @@ def producer(
                 fill(k_ring, n, k, box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
             for i in gl.static_range(CONSUMERS):
                 barrier_wait(q_empty.index(i), (taken & 1) ^ 1)
-                barrier_expect(q_full.index(i), q.block_type.nbytes)
                 # (64, DIM)
-                tma_load(
-                    q, box(batch, head, q_start, q_len, first_row + i * 64, C.packed),
-                    q_full.index(i), q_tiles.index(i),
-                )  # fmt: skip
+                rows = box(batch, head, q_start, q_len, first_row + i * 64, C.packed)
+                load(q, rows, q_full.index(i), q_tiles, i)
             # (BLOCK_N, DIM_V)
             if high >= 0:
                 fill(v_ring, n, v, box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
@@ -114,24 +122,21 @@ def producer(
 def under_product(
     q_tile, p, acc, state, n, turn, tile, first_row, at, k_ring, v_ring, turns, tables, numbers,
     SCORE: gl.constexpr, ALLOWED: gl.constexpr, EDGE: gl.constexpr, C: gl.constexpr, ME: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr,
-    DIM_V: gl.constexpr,
+    S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Tile `tile`, use n of the rings: its scores and softmax, and the product of the tile before it."""
     scale, unit = numbers
     CONSUMERS: gl.constexpr = C.consumers
     STAGES: gl.constexpr = C.stages
     TURNS: gl.constexpr = C.turns
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     await_full(k_ring, n, STAGES)
     take_turn(turns, turn, ME, TURNS)
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
-    s = wgmma(q_tile, tile_of(k_ring, n, BLOCK_N, DIM, STAGES).permute((1, 0)), zero,
-              use_acc=False, is_async=True)  # fmt: skip
+    s = inner(q_tile, k_ring, n, zero, STAGES)
     await_full(v_ring, n - 1, STAGES)
-    acc = wgmma(p, tile_of(v_ring, n - 1, BLOCK_N, DIM_V, STAGES), acc, is_async=True)
+    acc = outer(p, acc, v_ring, n - 1, STAGES)
     pass_turn(turns, ME, CONSUMERS, TURNS)
-    s = wgmma_wait(1, deps=(s,))
+    s = wgmma_wait(len(acc), deps=(s,))
     release(k_ring, n, STAGES)
     s = scores(
         s, first_row, tile * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked, EDGE, False,
@@ -141,11 +146,9 @@ def under_product(
     weights = pin(weights)
     # Its phase has ended; the basic block ends here, and with it what ptxas may move.
     await_full(v_ring, n - 1, STAGES)
-    acc, weights = wgmma_wait(0, deps=(acc, weights))
+    acc, weights = await_outer(acc, weights)
     release(v_ring, n - 1, STAGES)
-    p = gl.convert_layout(weights.to(q_tile.dtype), P_LAYOUT)
-    acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT)), 1)
-    return p, acc, state
+    return operand(weights.to(q_tile[0].dtype), acc), scaled(acc, shrink), state
 
 
 @gluon.jit
@@ -160,12 +163,8 @@ def consumer(
     STAGES: gl.constexpr = C.stages
     TURNS: gl.constexpr = C.turns
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
-    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
-    DIM: gl.constexpr = k.block_type.shape[-1]
-    DIM_V: gl.constexpr = v.block_type.shape[-1]
+    BLOCK_N: gl.constexpr = k[0].block_type.shape[-2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM_V, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     scale, unit = numbers
     items = grid[0] * grid[2]
     item = gl.program_id(0)
@@ -177,25 +176,23 @@ def consumer(
         batch, head, q_len, k_len = at
         first_row = block_row + ME * 64
         if block_row < q_len:
-            acc = gl.zeros([64, DIM_V], gl.float32, layout=O_LAYOUT)
+            acc = sums(v)
             state = start(sinks, head, unit, C.sinks, 64, gl.SliceLayout(1, S_LAYOUT))
             kind, high, low = first_run(block_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
             barrier_wait(q_full.index(ME), taken & 1)
-            q_tile = q_tiles.index(ME).reshape([64, DIM])
+            q_tile = matrices(q_tiles, ME)
             if high >= 0:
                 # The first tile has no product to run under, and is the one with the last key.
                 await_full(k_ring, n, STAGES)
                 zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
-                s = wgmma(q_tile, tile_of(k_ring, n, BLOCK_N, DIM, STAGES).permute((1, 0)), zero,
-                          use_acc=False, is_async=True)  # fmt: skip
-                s = wgmma_wait(0, deps=(s,))
+                s = wgmma_wait(0, deps=(inner(q_tile, k_ring, n, zero, STAGES),))
                 release(k_ring, n, STAGES)
                 s = scores(
                     s, first_row, high * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked,
                     True, False, 64, BLOCK_N, S_LAYOUT,
                 )  # fmt: skip
                 weights, state, shrink = step(s, state, unit)
-                p = gl.convert_layout(weights.to(q.dtype), P_LAYOUT)
+                p = operand(weights.to(q_tile[0].dtype), acc)
                 n += 1
                 started += 1
                 high -= 1
@@ -206,7 +203,7 @@ def consumer(
                             p, acc, state = under_product(
                                 q_tile, p, acc, state, n, n - started, high - j, first_row, at, k_ring,
                                 v_ring, turns, tables, numbers, SCORE, ALLOWED, True, C, ME,
-                                S_LAYOUT, O_LAYOUT, BLOCK_N, DIM, DIM_V,
+                                S_LAYOUT, BLOCK_N,
                             )  # fmt: skip
                             n += 1
                         count = gl.where(kind == 1, 0, count)
@@ -214,7 +211,7 @@ def consumer(
                         p, acc, state = under_product(
                             q_tile, p, acc, state, n, n - started, high - j, first_row, at, k_ring,
                             v_ring, turns, tables, numbers, SCORE, ALLOWED, False, C, ME,
-                            S_LAYOUT, O_LAYOUT, BLOCK_N, DIM, DIM_V,
+                            S_LAYOUT, BLOCK_N,
                         )  # fmt: skip
                         n += 1
                     if C.masked:
@@ -224,14 +221,11 @@ def consumer(
                     else:
                         high = low - 1
                 await_full(v_ring, n - 1, STAGES)
-                acc = wgmma(p, tile_of(v_ring, n - 1, BLOCK_N, DIM_V, STAGES), acc, is_async=True)
-                acc = wgmma_wait(0, deps=(acc,))
+                acc = await_last(outer(p, acc, v_ring, n - 1, STAGES))
                 release(v_ring, n - 1, STAGES)
             if C.own_out:
                 barrier_arrive(q_empty.index(ME), count=1)
-            finish(
-                acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles.index(ME), C, O_LAYOUT
-            )
+            finish(acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles, C, ME)
             if not C.own_out:
                 tma_store_wait(0)
                 barrier_arrive(q_empty.index(ME), count=1)
@@ -248,7 +242,8 @@ _NUMBERS = [
 
 @gluon.jit(do_not_specialize=_NUMBERS)
 def forward(
-    q, k, v, out, lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
+    q, k, v, out, q_rest, k_rest, v_rest, out_rest,
+    lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     plane_rows, odd_blocks, blocks, heads, planes, section, entries, group,
     seqlen_q, seqlen_k, scale, unit,
     SCORE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
@@ -256,24 +251,26 @@ def forward(
 ):  # fmt: skip
     """Persistent: `blocks` blocks of rows in each of `planes` planes, shared out to the programs.
 
-    q, k, v, out are descriptors (sequences.py), of boxes of 64 rows, BLOCK_N keys, BLOCK_N keys and 64 rows.
+    q, k, v, out are descriptors (sequences.py), of boxes of 64 rows, BLOCK_N keys, BLOCK_N keys and 64 rows;
+    *_rest of boxes with the columns behind, None for a head in one piece.
     lse is contiguous, (planes, plane_rows), and stats (2, planes, plane_rows). C.guard: `odd` (planes,
     odd_blocks) has a number for each 64 rows, as the careful launch of kernels/triton/forward.py reads it
     with blocks of 64: whether sums came out infinite or NaN.
     """
     CONSUMERS: gl.constexpr = C.consumers
     STAGES: gl.constexpr = C.stages
-    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS] + q.block_type.shape, q.layout)
+    q, k, v, out = together(q, q_rest), together(k, k_rest), together(v, v_rest), together(out, out_rest)
+    q_tiles = buffers_for(q, CONSUMERS)
     q_full = barriers(CONSUMERS)
     q_empty = barriers(CONSUMERS)
     for i in gl.static_range(CONSUMERS):
         barrier_init(q_full.index(i), count=1)
         barrier_init(q_empty.index(i), count=1)
-    k_ring = make_ring(k, STAGES, CONSUMERS)
-    v_ring = make_ring(v, STAGES, CONSUMERS)
+    k_ring = ring_of(buffers_for(k, STAGES), STAGES, CONSUMERS)
+    v_ring = ring_of(buffers_for(v, STAGES), STAGES, CONSUMERS)
     turns = make_turns(CONSUMERS, C.turns)
     if C.own_out:
-        out_tiles = gl.allocate_shared_memory(out.dtype, [CONSUMERS] + out.block_type.shape, out.layout)
+        out_tiles = buffers_for(out, CONSUMERS)
     else:
         out_tiles = q_tiles
     shared = (q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns)

@@ -72,10 +72,7 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
         launch(
             forward_kernels.forward,
             min(blocks * planes, processors(call.device)),
-            rows(operands.q, schedule.ROWS),
-            rows(operands.k, tiles.block_n),
-            rows(operands.v, tiles.block_n),
-            rows(results.out, schedule.ROWS),
+            *boxes(problem, operands, results, tiles),
             pointer(results.lse),
             pointer(results.stats),
             odd,
@@ -120,6 +117,21 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
 def forward_tiles(problem: Problem) -> schedule.Tiles:
     masked, scored = problem.program.mask is not None, problem.program.score is not None
     return schedule.forward_tiles(problem.head_dim, problem.head_dim_v, masked, scored)
+
+
+def boxes(problem: Problem, operands: Operands, results: Results, tiles: schedule.Tiles) -> tuple[Any, ...]:
+    """Descriptors of q, k, v and out, and of the columns behind, None for a head in one piece."""
+    (wide, rest), (wide_v, rest_v) = schedule.split(problem.head_dim), schedule.split(problem.head_dim_v)
+    arrays = (
+        (operands.q, schedule.ROWS, wide, rest),
+        (operands.k, tiles.block_n, wide, rest),
+        (operands.v, tiles.block_n, wide_v, rest_v),
+        (results.out, schedule.ROWS, wide_v, rest_v),
+    )
+    return (
+        *(rows(view, extent, wide) for view, extent, wide, _rest in arrays),
+        *(rows(view, extent, rest) if rest else None for view, extent, _wide, rest in arrays),
+    )
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

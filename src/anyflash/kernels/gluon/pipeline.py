@@ -33,11 +33,8 @@ _FIRST_NAME = gl.constexpr(9)
 
 
 @gluon.jit
-def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
-    """A ring for tiles of a descriptor, in its block's shape."""
-    buffers = gl.allocate_shared_memory(
-        descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout
-    )
+def ring_of(buffers, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """A ring of these buffers; how they are indexed is for those who fill and read them to know."""
     full = barriers(STAGES)
     empty = barriers(STAGES)
     for i in gl.static_range(STAGES):
@@ -47,11 +44,27 @@ def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
+def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """A ring for tiles of a descriptor, in its block's shape."""
+    buffers = gl.allocate_shared_memory(
+        descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout
+    )
+    return ring_of(buffers, STAGES, READERS)
+
+
+@gluon.jit
+def await_empty(ring, n, STAGES: gl.constexpr):
+    """Producer: wait until the readers have left the stage of use n."""
+    buffers, full, empty = ring
+    barrier_wait(empty.index(n % STAGES), ((n // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
 def fill(ring, n, descriptor, coordinates, STAGES: gl.constexpr):
     """Producer: load a tile into the stage of use n, as soon as its readers have left it."""
     buffers, full, empty = ring
     stage = n % STAGES
-    barrier_wait(empty.index(stage), ((n // STAGES) & 1) ^ 1)
+    await_empty(ring, n, STAGES)
     barrier_expect(full.index(stage), descriptor.block_type.nbytes)
     tma_load(descriptor, coordinates, full.index(stage), buffers.index(stage))
 

@@ -3,7 +3,7 @@
     out  = acc / l                  through shared memory and TMA, which ends where the sequence ends
     lse  = ln 2 (m unit + log2 l),  stats = (m, log2 l)
 
-Shared: the buffer of out, 64 * DIM_V elements. The next item's store waits for this one's.
+Shared: the buffer of out, 64 * DIM_V elements, in pieces. The next item's store waits for this one's.
 """
 
 from __future__ import annotations
@@ -11,28 +11,17 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from anyflash.kernels.gluon.hopper import fence, tma_store, tma_store_wait
+from anyflash.kernels.gluon.hopper import fence, tma_store_wait
+from anyflash.kernels.gluon.pieces import any_odd, put, scaled, store
 from anyflash.kernels.gluon.sequences import box
 from anyflash.kernels.gluon.softmax import settled
 
 
 @gluon.jit
-def finish(
-    acc,
-    state,
-    at,
-    q_start,
-    first_row,
-    arrays,
-    grid,
-    numbers,
-    buffer,
-    C: gl.constexpr,
-    O_LAYOUT: gl.constexpr,
-):
+def finish(acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles, C: gl.constexpr,
+           ME: gl.constexpr):  # fmt: skip
     """Store the results of 64 rows. TMA leaves out what lies past the end of the sequence or of a row."""
     q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
-    DIM_V: gl.constexpr = v.block_type.shape[-1]
     scale, unit = numbers
     batch, head, q_len, k_len = at
     natural, m, log_sum, inverse = settled(state, unit)
@@ -49,11 +38,10 @@ def finish(
             block += q_start // 64 + batch
         else:
             block = odd_blocks - 1 - block
-        broken = gl.max(gl.max(gl.where(gl.abs(acc) < float("inf"), 0, 1), 1), 0)
-        gl.store(odd + plane * odd_blocks + block, broken, mask=first_row < q_len)
-    values = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT)), 1)
+        gl.store(odd + plane * odd_blocks + block, any_odd(acc), mask=first_row < q_len)
+    values = scaled(acc, inverse)
     # The last item's store has to be done with the buffer.
     tma_store_wait(0)
-    buffer.reshape([64, DIM_V]).store(values.to(out.dtype))
+    put(values, out_tiles, ME)
     fence()
-    tma_store(out, box(batch, head, q_start, q_len, first_row, C.packed), buffer)
+    store(out, box(batch, head, q_start, q_len, first_row, C.packed), out_tiles, ME)

@@ -20,6 +20,8 @@ SHARED_BYTES = 232_448
 ROWS = 64
 GREATEST_DIM = 256
 _L2_BYTES = 32 * 2**20
+# WIDE and REST columns of a head, by what they add up to: shapes are powers of two.
+_PIECES = ((64, 0), (64, 32), (128, 0), (128, 64), (256, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +69,32 @@ class Form:
     producer_registers: int
 
 
-# By (DIM, DIM_V). What each spills, next to nothing in its loops, stands in tests/gpu/budgets_hopper.json.
+# By (DIM, DIM_V), each the sum of its pieces. tests/gpu/budgets_hopper.json has what the stack is used for.
 _FORWARD = {
     (64, 64): Tiles(128, 3, 2, 240, 32, 1, True),
+    (64, 96): Tiles(128, 3, 2, 240, 32, 1, True),
     (64, 128): Tiles(128, 2, 2, 232, 40, 1, True),
+    (64, 192): Tiles(64, 3, 2, 240, 32, 0, True),
     (64, 256): Tiles(64, 2, 2, 232, 40, 0, True),
+    (96, 64): Tiles(128, 3, 2, 240, 32, 1, True),
+    (96, 96): Tiles(128, 3, 2, 240, 32, 1, True),
+    (96, 128): Tiles(128, 3, 2, 240, 32, 1, True),
+    (96, 192): Tiles(64, 3, 2, 240, 32, 0, True),
+    (96, 256): Tiles(64, 3, 2, 240, 32, 0, True),
     (128, 64): Tiles(128, 2, 2, 232, 40, 1, True),
+    (128, 96): Tiles(128, 3, 2, 240, 32, 1, True),
     (128, 128): Tiles(128, 2, 2, 240, 32, 1, True),
+    (128, 192): Tiles(64, 3, 2, 240, 32, 0, True),
     (128, 256): Tiles(64, 2, 2, 232, 40, 0, True),
+    (192, 64): Tiles(128, 2, 2, 240, 32, 1, True),
+    (192, 96): Tiles(128, 2, 2, 240, 32, 1, True),
+    (192, 128): Tiles(128, 2, 2, 240, 32, 1, False),
+    (192, 192): Tiles(64, 3, 2, 240, 32, 0, False),
+    (192, 256): Tiles(64, 2, 2, 240, 32, 0, True),
     (256, 64): Tiles(64, 2, 2, 232, 40, 1, True),
+    (256, 96): Tiles(64, 3, 2, 240, 32, 1, True),
     (256, 128): Tiles(64, 2, 2, 232, 40, 1, True),
+    (256, 192): Tiles(64, 2, 2, 240, 32, 0, True),
     (256, 256): Tiles(64, 2, 2, 240, 32, 0, False),
 }
 # A mask leaves a third consumer too few registers, a score program a wide tile.
@@ -88,13 +106,18 @@ _SCORED = {
 
 
 def padded(dim: int) -> int:
-    """The width of a head in tiles."""
+    """The width of a head in tiles of one piece."""
     return next(width for width in (64, 128, GREATEST_DIM) if dim <= width)
+
+
+def split(dim: int) -> tuple[int, int]:
+    """The widths of the two pieces of a head, WIDE and REST; 0 if there is but one."""
+    return next(pieces for pieces in _PIECES if dim <= sum(pieces))
 
 
 def forward_tiles(dim: int, dim_v: int, masked: bool, scored: bool) -> Tiles:
     """The configuration for head dims of at most GREATEST_DIM, a mask and a score program."""
-    width = padded(dim), padded(dim_v)
+    width = sum(split(dim)), sum(split(dim_v))
     special = _SCORED if scored else {} if masked else _PLAIN
     return special.get(width, _FORWARD[width])
 
@@ -102,7 +125,7 @@ def forward_tiles(dim: int, dim_v: int, masked: bool, scored: bool) -> Tiles:
 def shared_bytes(tiles: Tiles, dim: int, dim_v: int) -> int:
     """Bytes of shared memory, barriers in 16 bytes each. Triton adds some hundred for what it hands to the
     partitions."""
-    width, width_v = padded(dim), padded(dim_v)
+    width, width_v = sum(split(dim)), sum(split(dim_v))
     rows = tiles.block_m * (width + tiles.own_out * width_v)
     keys = tiles.stages * tiles.block_n * (width + width_v)
     return 2 * (rows + keys) + 16 * (3 * tiles.consumers + 4 * tiles.stages)
