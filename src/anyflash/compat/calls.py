@@ -57,6 +57,8 @@ class Terms:
     """ALiBi is reported in lse as flash_attn's causal kernel does."""
     factors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     """Of 8-bit q, k and v: (B, Hk)."""
+    deterministic: bool = True
+    """False leaves gradients to be summed in any order where that is faster."""
 
     def keywords(self) -> dict[str, Any]:
         names = (
@@ -78,6 +80,7 @@ def terms(
     softcap: float,
     alibi_slopes: Tensor | None,
     seed: int | None = None,
+    deterministic: bool = True,
 ) -> Terms:
     """Those of generation 2."""
     sides = mapping.window(window_size)
@@ -90,12 +93,14 @@ def terms(
         float(dropout_p),
         seed,
         shifted=alibi_slopes is not None and mapping.alibi_is_shifted(causal, sides, longest_k),
+        deterministic=mapping.in_order(deterministic),
     )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, what: Terms, lengths: Lengths | None = None) -> Any:
     """(out, lse) in our conventions, differentiable."""
     arguments = {**what.keywords(), **what.descale(), "seed": what.seed, "return_lse": True}
+    arguments["deterministic"] = what.deterministic
     if lengths is None:
         return anyflash.attention(q, k, v, **arguments)
     return anyflash.attention_varlen(
@@ -168,6 +173,7 @@ def gradients(
         lengths=packed,
         seed=what.seed,
         bias=() if bias is None else (bias,),
+        deterministic=what.deterministic,
         **keywords,
     )
     return found.dq, found.dk, found.dv

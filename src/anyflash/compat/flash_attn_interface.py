@@ -62,11 +62,12 @@ def flash_attn_func(
         q_descale, k_descale, v_descale: (B, Hk) factors of 8-bit floats; results are then bfloat16. Other
             dtypes have none, as upstream.
         attention_chunk: a query sees keys of its own chunk of so many positions; 0 for all.
-        num_splits, pack_gqa, sm_margin, deterministic: the same results.
+        num_splits, pack_gqa, sm_margin: the same results.
+        deterministic: as in flash_attn 2: False allows gradients whose last bits may differ on Hopper GPUs.
         return_attn_probs: give (out, softmax_lse (B, Hq, Sq)).
     """
     factors = (q_descale, k_descale, v_descale)
-    what = _terms(softmax_scale, causal, window_size, attention_chunk, softcap)
+    what = _terms(softmax_scale, causal, window_size, attention_chunk, softcap, deterministic)
     out, lse = _attend(q, k, v, what, Places(), qv, factors)
     return (out, lse) if return_attn_probs else out
 
@@ -96,7 +97,7 @@ def flash_attn_qkvpacked_func(
         q, k, v = qkv.split((num_heads_q, heads_k, heads_k), dim=2)
     return flash_attn_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk,
-        softcap, return_attn_probs=return_attn_probs,
+        softcap, deterministic=deterministic, return_attn_probs=return_attn_probs,
     )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def flash_attn_varlen_func(
     _checks.packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _checks.lengths(seqused_q=seqused_q, seqused_k=seqused_k)
     factors = (q_descale, k_descale, v_descale)
-    what = _terms(softmax_scale, causal, window_size, attention_chunk, softcap)
+    what = _terms(softmax_scale, causal, window_size, attention_chunk, softcap, deterministic)
     places = Places(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     out, lse = _attend(q, k, v, what, places, qv, factors)
     return (out, lse) if return_attn_probs else out
@@ -342,7 +343,8 @@ def _flash_attn_backward(
 ) -> Tensor:
     """Write dq, dk and dv (those that are given); returns softmax_d."""
     refuse_given("rows that exist in part have no backward here", sequed_q=sequed_q)
-    what = _terms(softmax_scale, is_causal, (window_size_left, window_size_right), 0, softcap)
+    sides = (window_size_left, window_size_right)
+    what = _terms(softmax_scale, is_causal, sides, 0, softcap, deterministic)
     lengths = None
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0, sequed_k)
@@ -356,7 +358,12 @@ def _flash_attn_backward(
 
 
 def _terms(
-    softmax_scale: float | None, causal: bool, window_size: Window, attention_chunk: int, softcap: float
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Window,
+    attention_chunk: int,
+    softcap: float,
+    deterministic: bool = True,
 ) -> Terms:
     return Terms(
         softmax_scale,
@@ -364,6 +371,7 @@ def _terms(
         mapping.window(window_size),
         mapping.softcap(softcap),
         mask=mapping.chunked(attention_chunk) if attention_chunk else None,
+        deterministic=mapping.in_order(deterministic),
     )
 
 

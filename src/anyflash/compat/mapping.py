@@ -99,7 +99,12 @@ DIFFERENCES = (
         "dropped without a word",
         "given: lse is differentiable",
     ),
-    Difference("determinism", (1, 2, 3, 4), "deterministic=True asks for it", "always, on the CPU"),
+    Difference(
+        "determinism",
+        (1, 2, 3, 4),
+        "deterministic=True asks for it",
+        "the same on Hopper GPUs, where torch.use_deterministic_algorithms asks for it too; always elsewhere",
+    ),
     Difference(
         "hints of speed",
         (2, 3, 4),
@@ -107,6 +112,11 @@ DIFFERENCES = (
         "not needed",
     ),
 )
+
+
+def in_order(deterministic: bool) -> bool:
+    """Must gradients be summed in one order? A process may ask for it, too."""
+    return bool(deterministic) or torch.are_deterministic_algorithms_enabled()
 
 
 def window(window_size: Sequence[int | None]) -> Window:

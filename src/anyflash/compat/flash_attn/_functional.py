@@ -38,7 +38,8 @@ def flash_attn_func(
         window_size: (left, right): i + Sk - Sq - left <= j <= i + Sk - Sq + right; -1 for no bound.
         softcap: scores become softcap * tanh(s / softcap); 0 for none.
         alibi_slopes: (Hq,) or (B, Hq) float32; subtracts slope * |i + Sk - Sq - j|.
-        deterministic: it always is.
+        deterministic: the same bits every time. False allows what is faster on Hopper GPUs, where the last
+            bits of dq may then differ, unless torch.use_deterministic_algorithms asks for them, too.
         return_attn_probs: give (out, softmax_lse, S_dmask), softmax_lse (B, Hq, Sq). S_dmask, for tests, is
             (B, Hq, Sq, Sk) rounded up to multiples of 128 with dropout, else empty.
 
@@ -56,7 +57,10 @@ def flash_attn_func(
         torch.Size([1, 16, 4, 64])
     """
     _checks.dense(q, k, v, alibi_slopes)
-    what = calls.terms(k.shape[1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    what = calls.terms(
+        k.shape[1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic=deterministic,
+    )  # fmt: skip
     return _give(q, k, v, what, None, return_attn_probs)
 
 
@@ -125,7 +129,10 @@ def flash_attn_varlen_func(
     """
     _checks.packed(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, block_table is not None)
     longest_k = _number(max_seqlen_k)
-    what = calls.terms(longest_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    what = calls.terms(
+        longest_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic=deterministic,
+    )  # fmt: skip
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), longest_k)
     if block_table is not None:
         _checks.table(block_table)

@@ -125,7 +125,9 @@ def _flash_attn_backward(
     _checks.dense(q, k, v, alibi_slopes)
     seed = _seed(dropout_p, rng_state)
     sides = (window_size_left, window_size_right)
-    what = calls.terms(k.shape[1], dropout_p, softmax_scale, causal, sides, softcap, alibi_slopes, seed)
+    what = calls.terms(
+        k.shape[1], dropout_p, softmax_scale, causal, sides, softcap, alibi_slopes, seed, deterministic
+    )
     _write(calls.gradients(dout, q, k, v, out, softmax_lse, what), (dq, dk, dv))
     return calls.softmax_d(dout, out)
 
@@ -161,7 +163,7 @@ def _flash_attn_varlen_backward(
     seed = _seed(dropout_p, rng_state)
     sides = (window_size_left, window_size_right)
     what = calls.terms(
-        int(max_seqlen_k), dropout_p, softmax_scale, causal, sides, softcap, alibi_slopes, seed
+        int(max_seqlen_k), dropout_p, softmax_scale, causal, sides, softcap, alibi_slopes, seed, deterministic
     )
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k))
     _write(calls.gradients(dout, q, k, v, out, softmax_lse, what, lengths), (dq, dk, dv))

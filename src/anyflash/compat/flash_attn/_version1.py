@@ -35,7 +35,10 @@ def flash_attn_unpadded_func(
     _checks.packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k))
     mask = upper_left() if causal else None
-    what = Terms(scale=softmax_scale, dropout_p=float(dropout_p), mask=mask)
+    what = Terms(
+        scale=softmax_scale, dropout_p=float(dropout_p), mask=mask,
+        deterministic=mapping.in_order(deterministic),
+    )  # fmt: skip
     if not return_attn_probs:
         return calls.attend(q, k, v, what, lengths)[0]
     what = calls.drawn(what)

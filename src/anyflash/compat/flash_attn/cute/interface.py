@@ -55,7 +55,8 @@ def flash_attn_func(
             found, so score_mod_bwd is not needed.
         mask_mod: (batch, head, row, key, lengths, aux_tensors) to a condition. It takes the place of causal
             and window_size.
-        num_splits, pack_gqa, deterministic: the same results.
+        num_splits, pack_gqa: the same results.
+        deterministic: as in flash_attn 2: False allows gradients whose last bits may differ on Hopper GPUs.
 
     Returns:
         lse (B, Hq, Sq) float32 is None unless return_lse or a gradient is required; with qv (B, Sq, Hq). It
@@ -63,8 +64,9 @@ def flash_attn_func(
     """
     _refuse(gather_kv_indices, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd)
     what = _terms(
-        softmax_scale, causal, window_size, learnable_sink, softcap, score_mod, mask_mod, aux_tensors
-    )
+        softmax_scale, causal, window_size, learnable_sink, softcap, score_mod, mask_mod, aux_tensors,
+        deterministic,
+    )  # fmt: skip
     found = general.attend(q, k, v, what, Places(), qv)
     return _give(*found, return_lse, q, k, v, qv, learnable_sink)
 
@@ -109,8 +111,9 @@ def flash_attn_varlen_func(
     """
     _refuse(gather_kv_indices, aux_scalars, block_sparse_tensors, None)
     what = _terms(
-        softmax_scale, causal, window_size, learnable_sink, softcap, score_mod, mask_mod, aux_tensors
-    )
+        softmax_scale, causal, window_size, learnable_sink, softcap, score_mod, mask_mod, aux_tensors,
+        deterministic,
+    )  # fmt: skip
     places = Places(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table)
     if page_table is not None and qv is not None:
         raise unsupported("qv", f"shape {tuple(qv.shape)}", "not together with page_table")
@@ -226,7 +229,9 @@ def _flash_attn_bwd(
     given = {"dlse": dlse, "seqused_q": seqused_q, "learnable_sink": learnable_sink}
     refuse_given("this backward does not take it; that of flash_attn_func does", **given)
     sides = (window_size_left, window_size_right)
-    what = _terms(softmax_scale, causal, sides, learnable_sink, softcap, score_mod, mask_mod, aux_tensors)
+    what = _terms(
+        softmax_scale, causal, sides, learnable_sink, softcap, score_mod, mask_mod, aux_tensors, deterministic
+    )
     lengths = None
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0, seqused_k)
@@ -255,6 +260,7 @@ def _terms(
     score_mod: Mod,
     mask_mod: Mod,
     aux_tensors: Sequence[Tensor] | None,
+    deterministic: bool = True,
 ) -> Terms:
     if score_mod is not None and softcap != 0.0:
         raise unsupported("score_mod", "a function", "upstream allows score_mod or softcap, not both")
@@ -275,6 +281,7 @@ def _terms(
         score=general.score_function(score_mod, aux_tensors),
         mask=mapping.join(shifted, general.mask_function(mask_mod, aux_tensors)),
         sinks=learnable_sink,
+        deterministic=mapping.in_order(deterministic),
     )
 
 
