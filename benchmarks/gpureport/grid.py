@@ -16,6 +16,8 @@ from gpureport.place import Clock, Place
 TOKENS, WIDTH = 16384, 2048
 LENGTHS = (8192, 2048, 16384, 4096, 1024, 512)
 DIMS = (128, 64, 256)
+# Hopper's backward with deterministic=False.
+ANY_ORDER = "hopper, any order"
 # More than there are work items.
 _EVERY_ITEM = 2**30
 Keep = Callable[[str, Any], None]
@@ -24,7 +26,7 @@ Keep = Callable[[str, Any], None]
 def cells(place: Place) -> list[Case]:
     """Case of each cell, the most asked for first; the heads are filled in for the width."""
     if place.dry:
-        return [Case("bfloat16", 16, 40, 40, causal, "plain", 1, 1, 1) for causal in (True, False)]
+        return [Case("bfloat16", 64, 40, 40, causal, "plain", 1, 1, 1) for causal in (True, False)]
     dims, lengths = (DIMS[:2], LENGTHS[:2]) if place.quick else (DIMS, LENGTHS)
     return [
         Case("bfloat16", dim, length, length, causal, "plain", TOKENS // length, WIDTH // dim, WIDTH // dim)
@@ -60,11 +62,15 @@ def cell(case: Case, place: Place, ours: tuple[str, ...], seconds: float) -> dic
     forward: dict[str, Callable[[], object]] = {}
     backward: dict[str, Callable[[], object]] = {}
     made = make(case, place.device)
-    for backend in ours:
+    for name, backend, deterministic in _forms(ours):
         try:
-            forward[backend], backward[backend] = _own(replace(case, backend=backend), made)
+            ran = _own(replace(case, backend=backend), made, deterministic)
         except Exception as error:  # noqa: BLE001 - whatever one raises is its result
-            failed[backend] = f"{type(error).__name__}: {error}"[:300]
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+            continue
+        backward[name] = ran[1]
+        if name == backend:
+            forward[name] = ran[0]
     leaves = [t.detach().requires_grad_() for t in made.call.arrays]
     for name, peer in _peers(*leaves, case.causal, place).items():
         try:
@@ -87,10 +93,18 @@ def cell(case: Case, place: Place, ours: tuple[str, ...], seconds: float) -> dic
     return {"milliseconds": found, "TFLOP/s": speed, "failed": failed}
 
 
-def _own(case: Case, made: Made) -> tuple[Callable[[], object], Callable[[], object]]:
+def _forms(ours: tuple[str, ...]) -> Iterator[tuple[str, str, bool]]:
+    """Name, backend and whether the backward adds in one order; the peers do not."""
+    for backend in ours:
+        yield backend, backend, True
+        if backend == "hopper":
+            yield ANY_ORDER, backend, False
+
+
+def _own(case: Case, made: Made, deterministic: bool) -> tuple[Callable[[], object], Callable[[], object]]:
     from gpureport.calls import Call
 
-    call = Call(*made.call.arrays, case.backend, causal=case.causal)
+    call = Call(*made.call.arrays, case.backend, causal=case.causal, deterministic=deterministic)
     if why := call.declined():
         raise NotImplementedError("; ".join(why))
     results = call.forward(call.results())
