@@ -35,7 +35,11 @@ SHIPPED: dict[str, tuple[int, int, dict[str, Any], bool, bool]] = {
     "128 everything": (128, 128, _EVERYTHING, False, True),
     "128 plain added": (128, 128, {}, False, False),
     "128 causal added": (128, 128, {"causal": True}, False, False),
+    "192 128 causal": (192, 128, {"causal": True}, False, True),
+    "256 plain": (256, 256, {}, False, True),
     "256 causal": (256, 256, {"causal": True}, False, True),
+    "256 packed causal": (256, 256, {"causal": True}, True, True),
+    "256 everything": (256, 256, _EVERYTHING, False, True),
 }
 
 
@@ -68,10 +72,9 @@ def figures(name: str) -> dict[str, dict[str, Any]]:
     found = {}
     for one in recorded(name):
         form = one.constants["C"]
-        keys = one.kernel.__name__ == "backward"
+        keys = one.kernel.__name__ != "backward_dq"
         if keys:
             tiles = tables.keys_tiles(dim, dim_v)
-            assert tiles is not None
             accounted = tables.keys_shared_bytes(tiles, dim, dim_v, form.reduce)
         else:
             tiles = tables.rows_tiles(dim, dim_v, form.guard)
@@ -81,7 +84,8 @@ def figures(name: str) -> dict[str, dict[str, Any]]:
         found[f"{name} {part}"] = {
             **_instructions(made),
             "accounted": accounted,
-            "exponentials": tiles.moving * 64 // 128,
+            # Of 64 keys or rows and a tile, or of half a tile where consumers share one.
+            "exponentials": tiles.moving * 64 // 128 // (2 if keys and tables.wide(dim, dim_v) else 1),
             "added": form.reduce,
             "identity": form.identity,
         }

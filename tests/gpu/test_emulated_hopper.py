@@ -180,6 +180,10 @@ def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     said = str(af.explain(q, k, v, causal=True, backend="hopper"))
     assert "128 x 128, 2 consumers, 3 stages" in said
     assert "go to the portable kernels" in said
+    assert "of 128 keys by 64 rows" in said
+    said = str(af.explain(*arrays(*[(1, 70, 2, 192)] * 3), backend="hopper", deterministic=False))
+    assert "of 64 keys by 64 rows" in said
+    assert "dq by 32 keys" in said
 
 
 USUAL = {"dim": 64, "keys": 4, "dtype": np.float16}

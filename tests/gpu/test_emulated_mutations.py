@@ -31,7 +31,9 @@ from anyflash.dispatch.plan import run_backward, run_forward
 from anyflash.kernels.gluon import (
     backward,
     backward_dq,
+    backward_wide,
     forward,
+    keys,
     pieces,
     pipeline,
     schedule,
@@ -68,6 +70,7 @@ class Scenario:
     backward: bool = False
     reduce: bool = False
     dim: int = DIM
+    length: int = LENGTH
 
     def __str__(self) -> str:
         part = "backward, reduced" if self.reduce else "backward" if self.backward else "forward"
@@ -77,7 +80,7 @@ class Scenario:
     def __post_init__(self) -> None:
         rng = np.random.default_rng(0)
         arrays = [
-            rng.standard_normal((1, LENGTH, heads, self.dim)).astype(np.float16)
+            rng.standard_normal((1, self.length, heads, self.dim)).astype(np.float16)
             for heads in (HEADS, 1, 1, HEADS)
         ]
         object.__setattr__(self, "_dout", arrays.pop())
@@ -118,7 +121,8 @@ class Scenario:
         with pytest.MonkeyPatch.context() as patch:
             emulated.install(patch, seed, replaced)
             patch.setattr(schedule, "forward_tiles", lambda *_: self.tiles)
-            patch.setattr(schedule_backward, "rows_tiles", lambda *_: schedule_backward.BackwardTiles(64, 2))
+            tiles = schedule_backward.BackwardTiles(64 if self.dim == DIM else 32, 2)
+            patch.setattr(schedule_backward, "rows_tiles", lambda *_: tiles)
             yield
 
     def run(self, seed: int, replaced: Any) -> bool:
@@ -145,6 +149,7 @@ FORWARD = (
     Scenario(_PLAIN, dim=96),
 )
 BACKWARD = (Scenario(_PLAIN, backward=True, reduce=True), Scenario(_PLAIN, backward=True))
+WIDE = (Scenario(schedule.Tiles(64, 2, 2, 240, 32, 0, False), backward=True, dim=136, length=130),)
 
 
 def functions(module: ModuleType) -> list[Any]:
@@ -159,7 +164,12 @@ TRIED: dict[str, tuple[tuple[Scenario, ...], ModuleType]] = {
     "pipeline": (FORWARD + BACKWARD[1:], pipeline),
 }
 if NEWEST:
-    TRIED |= {"backward": (BACKWARD, backward), "backward_dq": (BACKWARD[1:], backward_dq)}
+    TRIED |= {
+        "backward": (BACKWARD, backward),
+        "keys": (BACKWARD, keys),
+        "backward_dq": (BACKWARD[1:], backward_dq),
+        "backward_wide": (WIDE, backward_wide),
+    }
 
 # Mutations that change nothing but the order in which things happen to be done, and why.
 _BLOCK = "its phase has ended: the wait is there to end a basic block, for ptxas"
@@ -171,9 +181,10 @@ HARMLESS = {
     "forward.consumer: release 2 too early": "before the next item's tiles, the producer waits for q",
     "pipeline.take_turn: barrier_wait 1 dropped": _TURN,
     "pipeline.take_turn: barrier_wait 1 turned": _TURN,
-    "backward.producer: barrier_wait 2 dropped": _Q_LAST,
+    "keys.producer: barrier_wait 2 dropped": _Q_LAST,
     "backward.run_of_rows: barrier_wait 3 dropped": _BLOCK,
     "backward.run_of_rows: barrier_arrive 2 too early": _Q_LAST,
+    "backward_wide.run_of_rows: barrier_arrive 2 too early": _Q_LAST,
     "backward_dq.run_of_keys: await_full 3 dropped": _BLOCK,
     "backward_dq.run_of_keys: release 1 too early": "readers leave k after v, and it is waited for first",
 }
@@ -186,7 +197,7 @@ def how(mutation: Mutation, scenarios: tuple[Scenario, ...]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("scenario", FORWARD + BACKWARD * NEWEST, ids=str)
+@pytest.mark.parametrize("scenario", FORWARD + (BACKWARD + WIDE) * NEWEST, ids=str)
 def test_unmutated(scenario: Scenario) -> None:
     for seed in range(9):
         assert scenario.run(seed, None)

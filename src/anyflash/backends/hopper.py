@@ -129,9 +129,9 @@ class Hopper:
         keys = schedule_backward.keys_tiles(*dims)
         rows = schedule_backward.rows_tiles(*dims, program.mask is not None or program.score is not None)
         by_keys = f"by {rows.moving} keys in {rows.stages} stages"
-        if keys and not program.deterministic:
+        if not program.deterministic and not schedule_backward.wide(*dims):
             by_keys = "added up in float32 on the way, in no fixed order"
-        by_rows = f"by {keys.moving} rows in {keys.stages} stages" if keys else "by the portable kernel"
+        by_rows = f"of {keys.held} keys by {keys.moving} rows in {keys.stages} stages"
         return {
             "device": "sm_90",
             "forward": f"{tiles.block_m} x {tiles.block_n}, {tiles.consumers} consumers, "

@@ -14,6 +14,8 @@
     schedule.py      tiles, stages, consumers and registers by head_dim; shared memory, order of work
     launch.py        views to descriptors and launches
     backward.py      dk and dv of a block of keys, and with REDUCE its part of dq
+    backward_wide.py dk and dv of head dims above 128: columns shared out
+    keys.py          what these two share: the producer, rings, results
     backward_dq.py   dq of a block of rows, in one order
     finish.py        dq from float32 sums
     rows.py          runs of row tiles of one class

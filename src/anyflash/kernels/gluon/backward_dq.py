@@ -20,7 +20,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from anyflash.kernels.gluon.backward import mark_odd, probabilities, store_rows
+from anyflash.kernels.gluon.backward import probabilities
 from anyflash.kernels.gluon.forward import first_run
 from anyflash.kernels.gluon.hopper import (
     barrier_expect,
@@ -32,6 +32,7 @@ from anyflash.kernels.gluon.hopper import (
     wgmma,
     wgmma_wait,
 )
+from anyflash.kernels.gluon.keys import mark_odd, store_rows
 from anyflash.kernels.gluon.mask import along, next_run
 from anyflash.kernels.gluon.pipeline import await_full, fill, make_ring, release, tile_of
 from anyflash.kernels.gluon.sequences import box, sequence, work

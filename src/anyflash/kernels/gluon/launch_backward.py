@@ -11,6 +11,7 @@ from typing import Any
 from anyflash.core.view import View, contiguous_strides
 from anyflash.kernels.gluon import backward as keys_kernel
 from anyflash.kernels.gluon import backward_dq as rows_kernel
+from anyflash.kernels.gluon import backward_wide as wide_kernel
 from anyflash.kernels.gluon import finish as finish_kernel
 from anyflash.kernels.gluon import launch, schedule
 from anyflash.kernels.gluon import schedule_backward as tables
@@ -69,8 +70,8 @@ class _Products:
         program = problem.program
         dtypes = tuple(spec.dtype for spec in problem.tables)
         self.found: Functions = functions(program.score, program.mask, dtypes, "gluon")
-        self.keys_tiles = tables.keys_tiles(problem.head_dim, problem.head_dim_v)
-        self.reduce = not program.deterministic and self.keys_tiles is not None
+        self.dims = problem.head_dim, problem.head_dim_v
+        self.reduce = not program.deterministic and not tables.wide(*self.dims)
         self.guard = call.hides
         _, *lengths, self.tables = call.shared_arrays()
         self.lengths = lengths
@@ -88,24 +89,25 @@ class _Products:
         if self.reduce:
             shape = (*problem.q_shape[:-1], schedule.padded(problem.head_dim))
             sums = empty(shape, self.call.device).zero_()
-        if self.keys_tiles is not None:
-            done["backward_dkv"] = self._keys(self.keys_tiles, sums)
+        done["backward_dkv"] = self._keys(sums)
         done["backward_dq"] = self._rows() if sums is None else self._finish(sums)
         return done
 
-    def _keys(self, tiles: tables.BackwardTiles, sums: Any) -> tuple[PortableTiles, Any] | None:
+    def _keys(self, sums: Any) -> tuple[PortableTiles, Any] | None:
         call, grads, problem = self.call, self.grads, self.call.problem
-        blocks, entries = call.key_blocks(tables.HELD)
+        tiles = tables.keys_tiles(*self.dims)
+        width, width_v = (tables.keys_width(*self.dims, dim) for dim in self.dims)
+        blocks, entries = call.key_blocks(tiles.held)
         odd_blocks, odd = self._flags(*call.key_blocks(schedule.ROWS), problem.heads_kv)
         q, k, v, dout = self.moved
         stats = self.saved.stats
         launch.launch(
-            keys_kernel.backward,
+            wide_kernel.backward_wide if tables.wide(*self.dims) else keys_kernel.backward,
             blocks * problem.heads_kv * entries,
-            launch.rows(q, tiles.moving),
-            launch.rows(k, tables.HELD),
-            launch.rows(v, tables.HELD),
-            launch.rows(dout, tiles.moving),
+            launch.rows(q, tiles.moving, width),
+            launch.rows(k, tiles.held, width),
+            launch.rows(v, tiles.held, width_v),
+            launch.rows(dout, tiles.moving, width_v),
             launch.elements(stats, tiles.moving),
             launch.elements(_view(self.delta.memory, call), tiles.moving),
             None if sums is None else launch.rows(_view(sums, call), tiles.moving, sums.shape[-1] // 2),
@@ -130,7 +132,7 @@ class _Products:
 
     def _rows(self) -> tuple[PortableTiles, Any] | None:
         call, grads, problem = self.call, self.grads, self.call.problem
-        tiles = tables.rows_tiles(problem.head_dim, problem.head_dim_v, call.hides)
+        tiles = tables.rows_tiles(*self.dims, call.hides)
         blocks, entries = call.row_blocks(tables.HELD)
         odd_blocks, odd = self._flags(*call.row_blocks(schedule.ROWS), problem.heads_q)
         q, k, v, dout = self.moved

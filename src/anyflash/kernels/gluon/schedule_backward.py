@@ -12,17 +12,21 @@ from anyflash.kernels.gluon.schedule import padded
 
 # Keys of a program of backward.py, rows of one of backward_dq.py: 64 for each of two consumers.
 HELD = 128
-# The greatest head dims of backward.py: dk and dv of wider ones do not fit a consumer's registers.
-GREATEST_KEYS_DIM = 128
+# The greatest head dims of backward.py: dk and dv of wider ones do not fit a consumer's registers, and are
+# backward_wide.py's, of 64 keys.
+GREATEST_DIM = 128
+_HELD_WIDE = 64
 _REGISTERS = (240, 24)
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardTiles:
-    """One configuration: the rows (backward.py) or keys (backward_dq.py) of the tiles that move."""
+    """One configuration: the rows (backward.py, backward_wide.py) or keys (backward_dq.py) of the tiles that
+    move, and those of the block that stays."""
 
     moving: int
     stages: int
+    held: int = HELD
     consumer_registers: int = _REGISTERS[0]
     producer_registers: int = _REGISTERS[1]
 
@@ -53,24 +57,36 @@ class BackwardForm:
     producer_registers: int
 
 
-def keys_tiles(dim: int, dim_v: int) -> BackwardTiles | None:
-    """The configuration of backward.py, None if it has none for these head dims."""
-    return BackwardTiles(64, 2) if max(dim, dim_v) <= GREATEST_KEYS_DIM else None
+def wide(dim: int, dim_v: int) -> bool:
+    """Are dk and dv backward_wide.py's?"""
+    return max(dim, dim_v) > GREATEST_DIM
+
+
+def keys_width(dim: int, dim_v: int, of: int) -> int:
+    """The columns of tiles of one of the two head dims, in the kernel that keeps keys."""
+    return max(padded(of), 128) if wide(dim, dim_v) else padded(of)
+
+
+def keys_tiles(dim: int, dim_v: int) -> BackwardTiles:
+    """The configuration of backward.py, or of backward_wide.py."""
+    return BackwardTiles(64, 2, held=_HELD_WIDE if wide(dim, dim_v) else HELD)
 
 
 def rows_tiles(dim: int, dim_v: int, hides: bool) -> BackwardTiles:
     """The configuration of backward_dq.py; `hides`: a mask or a score program takes registers, too."""
-    if max(dim, dim_v) > GREATEST_KEYS_DIM:
+    if wide(dim, dim_v):
         return BackwardTiles(32, 2)
     return BackwardTiles(64 if hides else 128, 2)
 
 
 def keys_shared_bytes(tiles: BackwardTiles, dim: int, dim_v: int, reduce: bool) -> int:
-    """Bytes of shared memory of backward.py, barriers in 16 bytes each."""
-    width, width_v = padded(dim), padded(dim_v)
-    held = 2 * HELD * (width + width_v)
+    """Bytes of shared memory of backward.py or backward_wide.py, barriers in 16 bytes each."""
+    width, width_v = keys_width(dim, dim_v, dim), keys_width(dim, dim_v, dim_v)
+    held = 2 * tiles.held * (width + width_v)
     moving = tiles.stages * tiles.moving * (2 * (width + width_v) + 3 * 4)
     added = tiles.moving * (2 * HELD + 4 * width) if reduce else 0
+    if wide(dim, dim_v):
+        added = 2 * 2 * tiles.held * tiles.moving
     return held + moving + added + 16 * (3 + 4 * tiles.stages)
 
 
