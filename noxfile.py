@@ -50,6 +50,7 @@ _MOSAIC = (
 _MOSAIC_TESTS = ("tests/adapters/test_composer.py", "tests/adapters/test_llm_foundry.py")
 
 _COMPILED = (
+    "tests/gpu/test_assembler.py",
     "tests/gpu/test_compiled.py",
     "tests/gpu/test_compiled_append.py",
     "tests/gpu/test_compiled_decode.py",

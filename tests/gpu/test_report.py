@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu_report
+from anyflash.kernels.gluon import assembler
 from gpu import emulated
 from gpureport import correctness, decode, markdown
 from gpureport.place import Clock, Place
@@ -62,6 +63,17 @@ def test_hopper_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found["sweep"]) > 2
     assert all("TFLOP/s" in variant for variant in found["sweep"].values()), found["sweep"]
     assert {"forward", "backward", "backward_dq"} <= set(launched)
+
+
+def test_one_cell_by_another_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emulated.install(monkeypatch)
+    monkeypatch.setattr(assembler, "doubtful", lambda: "not trusted")
+    assert gpu_report.one(Place(dry=True, quick=True), "hopper") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["causal cases"] > 0 and not found["wrong"]
+    assert found["TFLOP/s"]["backward"]
 
 
 def test_a_part_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

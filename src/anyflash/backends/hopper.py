@@ -61,7 +61,13 @@ class Hopper:
 
         if (found := architecture(device)) != "sm_90":
             return [f"is for sm_90, {device} is {found}"]
-        return self.lacks(problem)
+        reasons = self.lacks(problem)
+        if problem.program.mask is not None:
+            from anyflash.kernels.gluon.assembler import doubtful
+
+            if why := doubtful():
+                reasons.append(why)
+        return reasons
 
     def lacks(self, problem: Problem) -> list[str]:
         """What of a problem its kernels do not know."""

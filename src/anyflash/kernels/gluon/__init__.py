@@ -5,6 +5,7 @@
     sequences.py     work items, where their rows and keys lie, coordinates of TMA boxes
     pages.py         keys of a cache, loaded by pages;  launch_pages.py: what it is given
     versions.py      which versions of Triton
+    assembler.py     which versions of ptxas
     pieces.py        heads of 96 and 192 columns as two powers of two
     elementary.py    what generated source calls, in this dialect
     mask.py          runs of key tiles of one class; scores with program and mask
