@@ -76,6 +76,7 @@ _INTERPRETED = (
     "tests/gpu/test_report.py",
     "tests/gpu/test_torch_device.py",
     "tests/gpu/test_emulated_hopper.py",
+    "tests/gpu/test_emulated_fp8.py",
     "tests/gpu/test_emulated_mutations.py",
 )
 

@@ -33,7 +33,7 @@ def memory(view: View) -> torch.Tensor:
 
 
 def descriptor(view: View, shape: Any, strides: Any, block: Any) -> Any:
-    layout = launch.shared_layout(list(block), getattr(gl, view.dtype))
+    layout = launch.shared_layout(list(block), getattr(gl, launch.NAMES.get(view.dtype, view.dtype)))
     return launch.TensorDescriptor(memory(view), list(shape), list(strides), list(block), layout)
 
 

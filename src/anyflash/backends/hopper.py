@@ -14,6 +14,7 @@ from typing import Any
 
 from anyflash.backends.triton import BACKEND as PORTABLE
 from anyflash.core.device import Device
+from anyflash.core.dtypes import FLOATS8
 from anyflash.core.log import logger
 from anyflash.core.view import View
 from anyflash.kernels.triton.schedule import DECODE_KEYS, ROWS
@@ -25,7 +26,10 @@ from anyflash.semantics.problem import Problem
 _DTYPES = ("float16", "bfloat16")
 _CAPABILITY = (9, 0)
 _DIMS = range(33, 257)
+# Of 8-bit floats: sums are in registers twice, of a tile and of all.
+_GREATEST_DIM8 = 128
 _MOST_TOKENS = 2**30
+_OTHER_ARRAYS = "go to the portable kernels: TMA wants 16 bytes, a head's elements together"
 
 
 class Hopper:
@@ -72,10 +76,12 @@ class Hopper:
     def lacks(self, problem: Problem) -> list[str]:
         """What of a problem its kernels do not know."""
         reasons = integers_too_wide(problem)
-        if problem.dtype not in _DTYPES:
-            reasons.append(f"multiplies {' and '.join(_DTYPES)}, the arrays are {problem.dtype}")
-        if problem.dtype_kv != problem.dtype or problem.program.factor:
-            reasons.append("has no 8-bit floats yet")
+        narrow = problem.dtype in FLOATS8
+        if not narrow and problem.dtype not in _DTYPES:
+            known = ", ".join((*_DTYPES, *FLOATS8))
+            reasons.append(f"multiplies {known}, the arrays are {problem.dtype}")
+        if problem.dtype_kv != problem.dtype:
+            reasons.append(f"multiplies no {problem.dtype} by {problem.dtype_kv}")
         if problem.addressing == "paged":
             reasons.append("has no kernel for pages yet")
         if problem.program.dropout_p:
@@ -88,6 +94,8 @@ class Hopper:
         rows = problem.seqlen_q * problem.group
         if problem.addressing == "dense" and rows <= ROWS["some"][1] and problem.seqlen_k >= DECODE_KEYS:
             reasons.append(f"{rows} rows of a group over {problem.seqlen_k} keys are for a split over keys")
+        if narrow and max(problem.head_dim, problem.head_dim_v) > _GREATEST_DIM8:
+            reasons.append(f"head dims of 8-bit floats end at {_GREATEST_DIM8}")
         if max(problem.total_q, problem.total_k) >= _MOST_TOKENS:
             reasons.append(f"packed tokens end at {_MOST_TOKENS}")
         return reasons
@@ -96,11 +104,11 @@ class Hopper:
         return "tiles by head_dim"
 
     def forward(self, problem: Problem, config: str, operands: Operands, results: Results) -> None:
-        from anyflash.kernels.gluon import launch
+        from anyflash.kernels.gluon import launch, launch_fp8
 
         why = launch.unfit(problem, operands, results)
         if why is None:
-            launch.forward(problem, operands, results)
+            (launch_fp8 if problem.dtype in FLOATS8 else launch).forward(problem, operands, results)
             return
         logger.info("forward on hopper: the portable kernels, as %s", why)
         PORTABLE.forward(problem, config, operands, results)
@@ -126,6 +134,8 @@ class Hopper:
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
         from anyflash.kernels.gluon import schedule, schedule_backward
 
+        if problem.dtype in FLOATS8:
+            return self._explain_narrow(problem)
         program = problem.program
         tiles = schedule.forward_tiles(
             problem.head_dim, problem.head_dim_v, program.mask is not None, program.score is not None
@@ -140,10 +150,23 @@ class Hopper:
         by_rows = f"of {keys.held} keys by {keys.moving} rows in {keys.stages} stages"
         return {
             "device": "sm_90",
-            "forward": f"{tiles.block_m} x {tiles.block_n}, {tiles.consumers} consumers, "
-            f"{tiles.stages} stages, {shared} bytes of shared memory",
+            "forward": f"{tiles}, {shared} bytes of shared memory",
             "backward": f"dk and dv {by_rows}, dq {by_keys}",
-            "other arrays": "go to the portable kernels: TMA wants 16 bytes, a head's elements together",
+            "other arrays": _OTHER_ARRAYS,
+            "block_q": tiles.block_m,
+            "block_k": tiles.block_n,
+        }
+
+    def _explain_narrow(self, problem: Problem) -> dict[str, Any]:
+        from anyflash.kernels.gluon import schedule_fp8
+
+        dims = problem.head_dim, problem.head_dim_v
+        tiles = schedule_fp8.forward_tiles(*dims)
+        return {
+            "device": "sm_90",
+            "forward": f"{tiles}, {schedule_fp8.shared_bytes(tiles, *dims)} bytes of shared memory",
+            "8-bit floats": "multiplied as they are, p in e4m3; v turned in shared memory",
+            "other arrays": _OTHER_ARRAYS,
             "block_q": tiles.block_m,
             "block_k": tiles.block_n,
         }

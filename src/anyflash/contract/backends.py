@@ -13,7 +13,7 @@ WITHIN_BOUNDS = frozenset({"reference", "hopper"})
 """Backends that need not give the same bits in any layout: numpy's matrix product depends on strides, and
 what TMA cannot move is for other kernels."""
 
-WEIGHTS = {"triton": "float8_e4m3fn"}
+WEIGHTS = {"triton": "float8_e4m3fn", "hopper": "float8_e4m3fn"}
 """In what a backend may take the probabilities of 8-bit floats, where not in the type of the results."""
 
 

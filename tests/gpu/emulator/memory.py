@@ -292,7 +292,7 @@ class Recast(SharedMemory):
 def _recast(buffer: SharedMemory, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> SharedMemory:
     """The buffer's bytes, from its first on, as tiles of another shape and layout."""
     if dtype != buffer.data.dtype:
-        raise Unknown(f"{buffer.name} of {buffer.data.dtype} as {dtype}, in another layout")
+        return _regrouped(buffer, dtype, shape, layout)
     size = torch.Size(shape).numel()
     if size > buffer.numel or not buffer.data.is_contiguous():
         raise Mismatch(f"{buffer.name} of {buffer.shape} as {list(shape)}")
@@ -301,3 +301,21 @@ def _recast(buffer: SharedMemory, dtype: torch.dtype, shape: Sequence[int], layo
     first = buffer.data.storage_offset()
     at = lying[places(layout, shape).flatten()].view(list(shape)) + first
     return Recast(buffer.memory, buffer.memory.bytes.view(buffer.data.dtype), at, layout, buffer.name)
+
+
+def _regrouped(buffer: SharedMemory, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> SharedMemory:
+    """The buffer's bytes as elements of another size, where these lie as their bytes did."""
+    if torch.Size(shape).numel() * dtype.itemsize != buffer.nbytes_per_cta or not buffer.data.is_contiguous():
+        raise Mismatch(f"{buffer.name} of {buffer.shape} {buffer.data.dtype} as {list(shape)} {dtype}")
+    before, after = (
+        (places(of, extents).flatten()[:, None] * size + torch.arange(size)).flatten()
+        for of, extents, size in (
+            (buffer.layout, buffer.shape, buffer.data.element_size()),
+            (layout, shape, dtype.itemsize),
+        )
+    )
+    if not torch.equal(before, after):
+        raise Mismatch(
+            f"{buffer.name} in {buffer.layout}: as {list(shape)} {dtype} in {layout} it lies otherwise"
+        )
+    return SharedMemory(buffer.memory, buffer.data.view(dtype).view(list(shape)), layout, buffer.name)

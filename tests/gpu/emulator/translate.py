@@ -107,12 +107,34 @@ def _pinned(value: Any) -> Tensor:
     return Tensor(value.data, value.layout)
 
 
+def _byte_planes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes of pairs along axis 1, as two permutations of bytes give them."""
+    layout = language.common_layout(low, high)
+    pairs = [
+        x.data.movedim(1, -1).contiguous().view(torch.uint8).unflatten(-1, (-1, 2, 2)) for x in (low, high)
+    ]
+    # (.., pair, of low or of high, neighbour, byte)
+    taken = torch.stack(pairs, -3)
+    planes = [taken[..., byte].flatten(-3).contiguous().view(torch.int16) for byte in (0, 1)]
+    even, odd = (Tensor(plane.movedim(-1, 1), layout) for plane in planes)
+    return even, odd
+
+
+def _four_e4m3(*values: Tensor) -> Tensor:
+    """Beyond the range of e4m3: its end."""
+    layout = language.common_layout(*values)
+    each = [value.data.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) for value in values]
+    return Tensor(torch.stack(each, -1).view(torch.int32).squeeze(-1), layout)
+
+
 # What hopper.py adds to Gluon.
 _ADDED = {
     "tma_add": tma.add,
     "named_wait": lambda name, threads: barriers.named(name).wait(int(threads)),
     "named_arrive": lambda name, threads: barriers.named(name).arrive(int(threads)),
     "pin": _pinned,
+    "byte_planes": _byte_planes,
+    "four_e4m3": _four_e4m3,
 }
 
 

@@ -22,6 +22,9 @@ Kernels of this folder use these names and no other way to the hardware; an emul
     named_arrive(name, THREADS)      come, and go on
     recast(buffers, COUNT, ROWS, COLUMNS)    the same shared memory as COUNT tiles, as wgmma reads them
     pin(x)                           x again, float32; its computation is not moved past this place
+    four_e4m3(a, b, c, d)            words of four 8-bit floats, a in the lowest byte, of float32
+    byte_planes(low, high)           bytes of 16-bit integers, see there
+    seen_as(buffer, DTYPE, SHAPE, LAYOUT)    the same bytes of shared memory, as other elements
 
     TensorDescriptor                 a descriptor made on the host
     shared_layout(block, dtype)      the layout of a tile that TMA and wgmma share
@@ -54,11 +57,14 @@ __all__ = [
     "barrier_init",
     "barrier_wait",
     "barriers",
+    "byte_planes",
     "fence",
+    "four_e4m3",
     "named_arrive",
     "named_wait",
     "pin",
     "recast",
+    "seen_as",
     "shared_layout",
     "tma_add",
     "tma_load",
@@ -143,8 +149,33 @@ def pin(x):
 @gluon.jit
 def recast(buffers, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout(128, buffers.dtype.primitive_bitwidth)
+    return seen_as(buffers, buffers.dtype, [COUNT, ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def seen_as(buffer, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
     if _REINTERPRETS:
-        found = buffers.reinterpret(buffers.dtype, [COUNT, ROWS, COLUMNS], layout)
+        found = buffer.reinterpret(DTYPE, SHAPE, LAYOUT)
     else:
-        found = buffers._reinterpret(buffers.dtype, [COUNT, ROWS, COLUMNS], layout)
+        found = buffer._reinterpret(DTYPE, SHAPE, LAYOUT)
     return found
+
+
+@gluon.jit
+def byte_planes(low, high):
+    """The low and the high bytes of 16-bit integers, of every four: two neighbours of `low` along axis 1, the
+    first at an even place, and behind them the two of `high` in their places. A thread must hold neighbours
+    one after the other."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;", "=&r,=r,r,r", [low, high],
+        dtype=(gl.int16, gl.int16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def four_e4m3(a, b, c, d):
+    return gl.inline_asm_elementwise(
+        "{.reg .b16 %low, %high; cvt.rn.satfinite.e4m3x2.f32 %low, $2, $1;"
+        " cvt.rn.satfinite.e4m3x2.f32 %high, $4, $3; mov.b32 $0, {%low, %high};}",
+        "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip

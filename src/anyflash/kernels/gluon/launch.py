@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 from anyflash.core.device import Device
+from anyflash.core.dtypes import ITEMSIZE
 from anyflash.core.view import View, contiguous_strides
 from anyflash.kernels.gluon import forward as forward_kernels
 from anyflash.kernels.gluon import schedule
@@ -27,6 +28,8 @@ from anyflash.semantics.text import parse
 # Blocks of 64 rows, as the forward reports them.
 _REPAIR = PortableTiles(schedule.ROWS, 32, 8, 1)
 _LARGEST_STEP = 2**39
+# Element types that Gluon calls otherwise.
+NAMES = {"float8_e4m3fn": "float8e4nv", "float8_e5m2": "float8e5"}
 
 
 def unfit(problem: Problem, operands: Operands, results: Results) -> str | None:
@@ -84,7 +87,7 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
             blocks,
             problem.heads_q,
             planes,
-            _section(problem, planes),
+            section(problem, planes),
             problem.batch,
             problem.group,
             *call.extents,
@@ -145,7 +148,7 @@ def rows(view: View, extent: int, columns: int | None = None) -> Any:
     size = view.itemsize
     # An axis of extent 1 has any step; TMA wants a valid one.
     *axes, dim = [
-        (length, stride // size if length > 1 else 8)
+        (length, stride // size if length > 1 else 16 // size)
         for length, stride in zip(view.shape, view.strides, strict=True)
     ]
     if view.ndim == 3:
@@ -180,7 +183,7 @@ def _descriptor(
     import torch
     from triton.experimental.gluon import language as gl
 
-    layout = shared_layout(list(block), getattr(gl, dtype))
+    layout = shared_layout(list(block), getattr(gl, NAMES.get(dtype, dtype)))
     base = Pointer(address, getattr(torch, dtype))
     return TensorDescriptor(base, list(shape), list(strides), list(block), layout)
 
@@ -193,13 +196,12 @@ def processors(device: Device) -> int:
     return int(torch.cuda.get_device_properties(device.index).multi_processor_count)
 
 
-def _section(problem: Problem, planes: int) -> int:
+def section(problem: Problem, planes: int) -> int:
     """Planes side by side. Packed, sequences differ in length: all heads of one block."""
     if problem.packed_q:
         return planes
-    return schedule.section(
-        planes, problem.group, problem.seqlen_k, problem.head_dim, problem.head_dim_v, itemsize=2
-    )
+    dims = problem.head_dim, problem.head_dim_v
+    return schedule.section(planes, problem.group, problem.seqlen_k, *dims, ITEMSIZE[problem.dtype])
 
 
 @functools.lru_cache(maxsize=256)

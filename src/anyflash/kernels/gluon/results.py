@@ -19,8 +19,9 @@ from anyflash.kernels.gluon.softmax import settled
 
 @gluon.jit
 def finish(acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles, C: gl.constexpr,
-           ME: gl.constexpr):  # fmt: skip
-    """Store the results of 64 rows. TMA leaves out what lies past the end of the sequence or of a row."""
+           ME: gl.constexpr, factor=None):  # fmt: skip
+    """Store the results of 64 rows, out times `factor`. TMA leaves out what lies past the end of the sequence
+    or of a row."""
     q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
     scale, unit = numbers
     batch, head, q_len, k_len = at
@@ -39,6 +40,8 @@ def finish(acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles,
         else:
             block = odd_blocks - 1 - block
         gl.store(odd + plane * odd_blocks + block, any_odd(acc), mask=first_row < q_len)
+    if factor is not None:
+        inverse *= factor
     values = scaled(acc, inverse)
     # The last item's store has to be done with the buffer.
     tma_store_wait(0)

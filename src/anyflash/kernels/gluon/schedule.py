@@ -41,6 +41,9 @@ class Tiles:
     def block_m(self) -> int:
         return ROWS * self.consumers
 
+    def __str__(self) -> str:
+        return f"{self.block_m} x {self.block_n}, {self.consumers} consumers, {self.stages} stages"
+
 
 @dataclass(frozen=True, slots=True)
 class Form:

@@ -35,14 +35,18 @@ def start(sinks, head, unit, SINKS: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
-def step(s, state, unit):
-    """p (not rounded yet), the new state, and by what earlier sums shrink."""
+def step(s, state, unit, LIFT: gl.constexpr = 0):
+    """p (not rounded yet), the new state, and by what earlier sums shrink. LIFT: p and l are 2 ** LIFT times
+    as large, that of `state` too."""
     m, l = state
     new_m = gl.maximum(m, gl.max(s, 1))
     # A row that has seen nothing yet has m = -inf, and -inf - -inf is no number.
     base = gl.where(new_m == float("-inf"), 0.0, new_m)
     shrink = gl.exp2((m - base) * unit)
-    p = gl.exp2((s - gl.expand_dims(base, 1)) * unit)
+    exponent = (s - gl.expand_dims(base, 1)) * unit
+    if LIFT != 0:
+        exponent += LIFT
+    p = gl.exp2(exponent)
     return p, (new_m, l * shrink + gl.sum(p, 1)), shrink
 
 
