@@ -73,6 +73,7 @@ _INTERPRETED = (
     "tests/gpu/test_interpreted_fp8.py",
     "tests/gpu/test_precision.py",
     "tests/gpu/test_emulated_backward.py",
+    "tests/gpu/test_emulated_decode.py",
     "tests/gpu/test_report.py",
     "tests/gpu/test_torch_device.py",
     "tests/gpu/test_emulated_hopper.py",

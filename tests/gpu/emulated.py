@@ -37,13 +37,13 @@ def descriptor(view: View, shape: Any, strides: Any, block: Any) -> Any:
     return launch.TensorDescriptor(memory(view), list(shape), list(strides), list(block), layout)
 
 
-def install(patch: pytest.MonkeyPatch, seed: int = 0, replaced: Any = None) -> list[str]:
+def install(patch: pytest.MonkeyPatch, seed: int = 0, replaced: Any = None, resident: int = 1) -> list[str]:
     """The backend serves arrays of the CPU. Returns a list of the kernels that it launches from then on."""
     launched: list[str] = []
 
     def start(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         launched.append(kernel.fn.__name__)
-        emulate(kernel, (programs,), *arguments, seed=seed, replaced=replaced, **constants)
+        emulate(kernel, (programs,), *arguments, seed=seed, replaced=replaced, resident=resident, **constants)
 
     patch.setattr(launch, "launch", start)
     patch.setattr(launch, "descriptor", descriptor)

@@ -192,7 +192,6 @@ DECLINED = (
     ({"dim": 32}, "head dims are from 33 to 256, here 32 and 32"),
     ({"dim": 264}, "here 264 and 264"),
     ({"dropout_p": 0.1}, "has no dropout yet"),
-    ({"keys": 4096}, "4 rows of a group over 4096 keys are for a split over keys"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The backend for Hopper GPUs (sm_90): Gluon's warp-specialised forward. Not yet run on a GPU.
+"""The backend for Hopper GPUs (sm_90): Gluon's warp-specialised kernels. Not yet run on a GPU.
 
 What it declines the portable backend serves. It also hands on, call by call and said in the log, what only
 the arrays show: TMA wants each array to start at a multiple of 16 bytes, rows a positive multiple of 16 bytes
@@ -30,6 +30,14 @@ _DIMS = range(33, 257)
 _GREATEST_DIM8 = 128
 _MOST_TOKENS = 2**30
 _OTHER_ARRAYS = "go to the portable kernels: TMA wants 16 bytes, a head's elements together"
+
+
+def splits(problem: Problem) -> bool:
+    """Is this a call for the kernel that splits keys?"""
+    if problem.addressing == "paged":
+        return True
+    few = problem.seqlen_q * problem.group <= ROWS["some"][1] and problem.seqlen_k >= DECODE_KEYS
+    return problem.addressing == "dense" and few and not problem.program.dropout_p
 
 
 class Hopper:
@@ -82,8 +90,6 @@ class Hopper:
             reasons.append(f"multiplies {known}, the arrays are {problem.dtype}")
         if problem.dtype_kv != problem.dtype:
             reasons.append(f"multiplies no {problem.dtype} by {problem.dtype_kv}")
-        if problem.addressing == "paged":
-            reasons.append("has no kernel for pages yet")
         if problem.program.dropout_p:
             reasons.append("has no dropout yet")
         if any(dim not in _DIMS for dim in (problem.head_dim, problem.head_dim_v)):
@@ -91,9 +97,10 @@ class Hopper:
                 f"head dims are from {_DIMS[0]} to {_DIMS[-1]}, here {problem.head_dim} and "
                 f"{problem.head_dim_v}: narrower ones would leave half of a tile empty"
             )
-        rows = problem.seqlen_q * problem.group
-        if problem.addressing == "dense" and rows <= ROWS["some"][1] and problem.seqlen_k >= DECODE_KEYS:
-            reasons.append(f"{rows} rows of a group over {problem.seqlen_k} keys are for a split over keys")
+        if splits(problem):
+            from anyflash.kernels.gluon import launch_decode
+
+            reasons += launch_decode.lacks(problem)
         if narrow and max(problem.head_dim, problem.head_dim_v) > _GREATEST_DIM8:
             reasons.append(f"head dims of 8-bit floats end at {_GREATEST_DIM8}")
         if max(problem.total_q, problem.total_k) >= _MOST_TOKENS:
@@ -104,11 +111,15 @@ class Hopper:
         return "tiles by head_dim"
 
     def forward(self, problem: Problem, config: str, operands: Operands, results: Results) -> None:
-        from anyflash.kernels.gluon import launch, launch_fp8
+        from anyflash.kernels.gluon import launch, launch_decode, launch_fp8
 
-        why = launch.unfit(problem, operands, results)
+        if splits(problem):
+            why, run = launch_decode.unfit(problem, operands), launch_decode.forward
+        else:
+            why = launch.unfit(problem, operands, results)
+            run = (launch_fp8 if problem.dtype in FLOATS8 else launch).forward
         if why is None:
-            (launch_fp8 if problem.dtype in FLOATS8 else launch).forward(problem, operands, results)
+            run(problem, operands, results)
             return
         logger.info("forward on hopper: the portable kernels, as %s", why)
         PORTABLE.forward(problem, config, operands, results)
@@ -132,7 +143,7 @@ class Hopper:
         PORTABLE.restate(problem, config, lse, stats)
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
-        from anyflash.kernels.gluon import schedule, schedule_backward
+        from anyflash.kernels.gluon import launch_decode, schedule, schedule_backward
 
         if problem.dtype in FLOATS8:
             return self._explain_narrow(problem)
@@ -148,10 +159,14 @@ class Hopper:
         if not program.deterministic and not schedule_backward.wide(*dims):
             by_keys = "added up in float32 on the way, in no fixed order"
         by_rows = f"of {keys.held} keys by {keys.moving} rows in {keys.stages} stages"
-        return {
-            "device": "sm_90",
-            "forward": f"{tiles}, {shared} bytes of shared memory",
-            "backward": f"dk and dv {by_rows}, dq {by_keys}",
+        found = {"device": "sm_90"}
+        if splits(problem):
+            found |= launch_decode.explain(problem)
+        else:
+            found["forward"] = f"{tiles}, {shared} bytes of shared memory"
+        if problem.addressing != "paged":
+            found["backward"] = f"dk and dv {by_rows}, dq {by_keys}"
+        return found | {
             "other arrays": _OTHER_ARRAYS,
             "block_q": tiles.block_m,
             "block_k": tiles.block_n,

@@ -80,6 +80,8 @@ def emulate(
     Returns the shared memory that the kernel allocates, in bytes.
     """
     policy = Policy.of(seed)
+    # For the compiler alone.
+    constants.pop("maxnreg", None)
     translator = Translator(replaced)
     function = translator.function(kernel)
     if "num_warps" not in inspect.signature(kernel.fn).parameters:

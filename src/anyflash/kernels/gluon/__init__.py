@@ -13,6 +13,8 @@
     forward.py       the walk: products and softmax in step
     results.py       out, lse, stats
     forward_fp8.py   the same walk for 8-bit floats;  transpose.py: v turned in shared memory for it
+    decode.py        few rows, all heads of a group together, over keys that are split between programs
+    segments.py      sums of parts of a sequence's keys: kept, counted, added up
     schedule.py      tiles, stages, consumers and registers by head_dim; shared memory, order of work
     launch.py        views to descriptors and launches
     backward.py      dk and dv of a block of keys, and with REDUCE its part of dq
@@ -21,10 +23,11 @@
     backward_dq.py   dq of a block of rows, in one order
     finish.py        dq from float32 sums
     rows.py          runs of row tiles of one class
-    schedule_fp8.py, launch_fp8.py, schedule_backward.py, launch_backward.py    as their names say
+    schedule_fp8.py, launch_fp8.py, schedule_decode.py, launch_decode.py, schedule_backward.py,
+    launch_backward.py    as their names say
 
 A kernel is one block of threads whose warpgroups have parts: a producer (one warp) moves tiles by TMA into
-rings, consumers multiply and never address global memory for q, k and v. Score programs and masks are device
+rings, consumers multiply and never address global memory for k and v, nor but in decode.py for q. Score programs and masks are device
 functions that `kernels/triton/program.py` writes, here in Gluon's dialect.
 
 Rules: operations of hopper.py are reached by its names only, imported one by one, because tests replace

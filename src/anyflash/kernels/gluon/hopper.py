@@ -18,6 +18,7 @@ Kernels of this folder use these names and no other way to the hardware; an emul
                                              as tensors
 
     fence()                          what this partition stored to shared memory, seen by TMA and wgmma
+    meet()                           this partition's threads wait for each other, and see what each stored
     named_wait(name, THREADS)        hardware barrier `name` (9 to 15): until THREADS have come, with these
     named_arrive(name, THREADS)      come, and go on
     recast(buffers, COUNT, ROWS, COLUMNS)    the same shared memory as COUNT tiles, as wgmma reads them
@@ -60,6 +61,7 @@ __all__ = [
     "byte_planes",
     "fence",
     "four_e4m3",
+    "meet",
     "named_arrive",
     "named_wait",
     "pin",
@@ -88,6 +90,8 @@ barrier_arrive: Any = mbarrier.arrive
 wgmma: Any = warpgroup_mma
 wgmma_wait: Any = warpgroup_mma_wait
 fence: Any = fence_async_shared
+# 3.9 renamed the barrier, too.
+meet: Any = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 shared_layout: Any = gl.NVMMASharedLayout.get_default_for
 
 # 3.9 took its underscore away.

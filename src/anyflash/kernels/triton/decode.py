@@ -94,12 +94,13 @@ def decode(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     SEGMENTS: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr, WAITS: tl.constexpr,
     KEPT: tl.constexpr, HEAD: tl.constexpr,
-    FACTOR: tl.constexpr = None, FORMAT_Q: tl.constexpr = "", FORMAT: tl.constexpr = "",
+    FACTOR: tl.constexpr = None, FORMAT_Q: tl.constexpr = "", FORMAT: tl.constexpr = "", odd=None,
 ):  # fmt: skip
     """One program for each block of rows, segment (of `parts`), key head and sequence.
 
     Only sequences with least_rows to most_rows rows (tokens times heads of a group) are answered for: others
-    have a launch with other tiles. Steps are in elements: (batch, token, head, dim) of q and out, (page,
+    have a launch with other tiles. Of few or some rows only those 64 are that `odd`, if given, (sequences,
+    key heads, 2), has a number for. Steps are in elements: (batch, token, head, dim) of q and out, (page,
     slot, head, dim) of k and v, of lse (batch, head, row), of stats (plane, batch, head, row), of the page
     table (batch, page).
     """
@@ -115,7 +116,14 @@ def decode(
     )
     count = q_len * group
     first_row = block * BLOCK_M
-    if (first_row < count) & (count >= least_rows) & (count <= most_rows):
+    wanted = (first_row < count) & (count >= least_rows) & (count <= most_rows)
+    if odd is not None:
+        slot = (batch * (heads // group) + kv_head) * 2 + first_row // 64
+        broken = tl.load(odd + slot, mask=wanted, other=0)
+        if BLOCK_M > 64:
+            broken += tl.load(odd + slot + 1, mask=wanted & (count > 64), other=0)
+        wanted = wanted & (broken != 0)
+    if wanted:
         at = (batch, kv_head * group, q_len, k_len)
         tokens = (first_row // group, (tl.minimum(first_row + BLOCK_M, count) - 1) // group)
         first_tile, end_tile = k_len * 0, tl.cdiv(k_len, BLOCK_N)

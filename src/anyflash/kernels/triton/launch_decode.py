@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from anyflash.kernels.triton import decode as kernels
 from anyflash.kernels.triton import schedule
@@ -49,16 +49,22 @@ def serves(problem: Problem) -> bool:
     )
 
 
-def forward(problem: Problem, operands: Operands, results: Results) -> None:
+def simplified(problem: Problem) -> Problem:
+    """The same without a mask that hides nothing."""
     if problem.seqlen_q == 1 and problem.program.mask == _CAUSAL:
         problem = replace(problem, program=replace(problem.program, mask=None))
+    return problem
+
+
+def forward(problem: Problem, operands: Operands, results: Results) -> None:
+    problem = simplified(problem)
     call = Call(problem, operands)
     with current(call.device):
         if problem.packed_q:
             fill_rows_of_no_sequence(call, results)
         if problem.batch and problem.seqlen_q:
             for rows in kinds(problem):
-                _launch(call, rows, results)
+                launch(call, rows, results)
 
 
 def kinds(problem: Problem) -> Iterator[schedule.Rows]:
@@ -70,7 +76,10 @@ def kinds(problem: Problem) -> Iterator[schedule.Rows]:
             yield rows
 
 
-def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
+def launch(call: Call, rows: schedule.Rows, results: Results, odd: Any = None) -> None:
+    """Sequences with such a number of rows. `odd`: another kernel has run; of its blocks of 64 rows those are
+    computed again whose number, in (sequences, key heads, 2), says that their sums came out infinite or
+    NaN."""
     problem, operands = call.problem, call.operands
     arch = architecture(call.device)
     narrow, dims = format_of(problem.dtype_kv), (problem.head_dim, problem.head_dim_v)
@@ -95,10 +104,7 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
     capacity = problem.page_size if table is None else table.shape[1] * problem.page_size
     sinks, cu_seqlens_q, _, seqused_k, tables = call.shared_arrays()
     leftpad = None if operands.leftpad_k is None else neighbours(operands.leftpad_k)
-    mask = _known(problem.program.mask)
-    headed = problem.group > 1 and mask.by_head
-    masked = call.functions.masked
-    trim = masked and not headed and not mask.loads_along_keys
+    way = walked(problem)
     kernels.decode[(programs * parts,)](
         *[bits(view) for view in (operands.q, operands.k, operands.v)],
         *[pointer(view) for view in (results.out, results.lse, results.stats)],
@@ -132,10 +138,10 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         ALLOWED=call.functions.allowed,
         TILE_CLASS=call.functions.tile_class,
         IDENTITY=call.identity,
-        MASK=masked,
-        TRIM=trim,
+        MASK=call.functions.masked,
+        TRIM=way.trim,
         # A walk without runs keeps a third of the registers free. Many rows gain more from full tiles.
-        RUNS=masked and not headed and not (split and trim and mask.interval),
+        RUNS=way.runs or (way.classed and not split),
         HIDES=call.hides,
         SINKS=problem.program.sinks,
         PACKED=problem.packed_q,
@@ -149,7 +155,24 @@ def _launch(call: Call, rows: schedule.Rows, results: Results) -> None:
         FACTOR=call.functions.factor,
         FORMAT_Q=format_of(problem.dtype),
         FORMAT=narrow,
+        odd=odd,
     )
+
+
+class Walk(NamedTuple):
+    """How tiles of keys are walked. trim: empty ones at both ends are left out; classed: a class holds for
+    all rows of a tile; runs: some between the ends may be empty, too."""
+
+    trim: bool
+    classed: bool
+    runs: bool
+
+
+def walked(problem: Problem) -> Walk:
+    mask = _known(problem.program.mask)
+    classed = problem.program.mask is not None and not (problem.group > 1 and mask.by_head)
+    trim = classed and not mask.loads_along_keys
+    return Walk(trim, classed, classed and not (trim and mask.interval))
 
 
 class _Mask(NamedTuple):
