@@ -27,8 +27,8 @@
     launch_backward.py    as their names say
 
 A kernel is one block of threads whose warpgroups have parts: a producer (one warp) moves tiles by TMA into
-rings, consumers multiply and never address global memory for k and v, nor but in decode.py for q. Score programs and masks are device
-functions that `kernels/triton/program.py` writes, here in Gluon's dialect.
+rings, consumers multiply and address global memory for neither k nor v, and for q in decode.py alone. Score
+programs and masks are device functions that `kernels/triton/program.py` writes, here in Gluon's dialect.
 
 Rules: operations of hopper.py are reached by its names only, imported one by one, because tests replace
 exactly those; every shape is a power of two; a head_dim is rounded up to 64, 96, 128, 192 or 256 (the
