@@ -79,6 +79,7 @@ _INTERPRETED = (
     "tests/gpu/test_emulated_hopper.py",
     "tests/gpu/test_emulated_fp8.py",
     "tests/gpu/test_emulated_mutations.py",
+    "tests/gpu/test_emulated_prefill.py",
 )
 
 OVERLAYS = {

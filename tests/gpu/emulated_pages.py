@@ -17,8 +17,9 @@ from anyflash.kernels.gluon.hopper import (
     tma_store_wait,
     wgmma,
 )
-from anyflash.kernels.gluon.pages import fill_from_pages, keys_of, make_page_ring
+from anyflash.kernels.gluon.pages import fill_from_pages, make_page_ring
 from anyflash.kernels.gluon.pipeline import await_full, release, tile_of
+from anyflash.kernels.gluon.sequences import keys_of
 
 
 @gluon.jit

@@ -72,11 +72,16 @@ def made(name: str) -> tuple[Any, schedule.Tiles]:
 
 
 def figures(name: str) -> dict[str, Any]:
-    """Bytes of shared memory and of the stack, counts of instructions, and what schedule.py says."""
     compiled, tiles = made(name)
+    dim, dim_v, keywords, _packed = SHIPPED[name]
+    return figures_of(compiled, tiles, dim, dim_v, 2 if keywords else 1)
+
+
+def figures_of(compiled: Any, tiles: schedule.Tiles, dim: int, dim_v: int, loops: int) -> dict[str, Any]:
+    """Bytes of shared memory and of the stack, counts of instructions, and what schedule.py says. `loops`:
+    those that a consumer has products in."""
     taken = offline.figures(compiled)
     code = assembly(compiled)
-    dim, dim_v, keywords, _packed = SHIPPED[name]
     return {
         "shared": taken.shared,
         "stack": taken.spilled,
@@ -87,7 +92,7 @@ def figures(name: str) -> dict[str, Any]:
         "overlapped": overlapped(code),
         "spilled_in_loops": spilled_in_loops(code, tiles.block_n // 2),
         "block_n": tiles.block_n,
-        "loops": tiles.consumers * (2 if keywords else 1),
+        "loops": tiles.consumers * loops,
         "accounted": schedule.shared_bytes(tiles, dim, dim_v),
     }
 

@@ -124,7 +124,8 @@ def test_over_a_cache(case: Case, form: Form, monkeypatch: pytest.MonkeyPatch) -
     laid = lay_out(case, values, form)
     verdicts = assess(case, laid.canonical(*laid.run("hopper")), truth, ("forward",))
     assert not [v.complaint for v in verdicts if v.complaint]
-    assert set(launched) == {"decode"}
+    # Sequences of many rows have the forward.
+    assert set(launched) - {"forward"} == {"decode"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES[: 1 + NEW])

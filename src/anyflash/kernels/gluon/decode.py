@@ -30,10 +30,10 @@ from triton.experimental.gluon import language as gl
 
 from anyflash.kernels.gluon.hopper import fence, meet, shared_layout, wgmma, wgmma_wait
 from anyflash.kernels.gluon.mask import along
-from anyflash.kernels.gluon.pages import fill_from_pages, keys_of, make_page_ring
+from anyflash.kernels.gluon.pages import fill_from_pages, make_page_ring
 from anyflash.kernels.gluon.pipeline import await_full, release, tile_of
 from anyflash.kernels.gluon.segments import add_up, any_odd, publish, row_places, store_out, store_stats
-from anyflash.kernels.gluon.sequences import held
+from anyflash.kernels.gluon.sequences import held, keys_of
 from anyflash.kernels.gluon.softmax import step
 
 

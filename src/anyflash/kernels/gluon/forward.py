@@ -37,11 +37,11 @@ from anyflash.kernels.gluon.hopper import (
     wgmma_wait,
 )
 from anyflash.kernels.gluon.mask import first_run, next_run, scores
+from anyflash.kernels.gluon.pages import buffers_in_boxes, fill_keys
 from anyflash.kernels.gluon.pieces import (
     await_last,
     await_outer,
     buffers_for,
-    fill,
     inner,
     load,
     matrices,
@@ -72,25 +72,24 @@ def producer(
 ):  # fmt: skip
     """One warp: every load."""
     q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
-    q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns = shared
+    q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns, k_parts, v_parts = shared
     CONSUMERS: gl.constexpr = C.consumers
-    STAGES: gl.constexpr = C.stages
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
-    BLOCK_N: gl.constexpr = k[0].block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k_ring[0][0].shape[-2]
     items = grid[0] * grid[2]
     item = gl.program_id(0)
     taken = item * 0
     n = item * 0
     while item < items:
-        first_row, at, q_start, k_start = item_at(item, grid, lengths, C.packed, C.used, BLOCK_M)
+        first_row, at, q_start, k_start = item_at(item, grid, lengths, C, BLOCK_M)
         batch, head, q_len, k_len = at
-        kv_head = head // grid[5]
+        where = (batch, head // grid[5], k_start, k_len)
         kind, high, low = first_run(first_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
         if first_row < q_len:
             # The first k is on its way while the consumers still need the q of the item before.
             # (BLOCK_N, DIM)
             if high >= 0:
-                fill(k_ring, n, k, box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
+                fill_keys(k_ring, k_parts, n, k, 0, where, high * BLOCK_N, lengths[5], C)
             for i in gl.static_range(CONSUMERS):
                 barrier_wait(q_empty.index(i), (taken & 1) ^ 1)
                 # (64, DIM)
@@ -98,7 +97,7 @@ def producer(
                 load(q, rows, q_full.index(i), q_tiles, i)
             # (BLOCK_N, DIM_V)
             if high >= 0:
-                fill(v_ring, n, v, box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
+                fill_keys(v_ring, v_parts, n, v, 1, where, high * BLOCK_N, lengths[5], C)
                 n += 1
                 high -= 1
             taken += 1
@@ -106,8 +105,8 @@ def producer(
             for j in range(high - low + 1):
                 first_k = (high - j) * BLOCK_N
                 # (BLOCK_N, DIM), (BLOCK_N, DIM_V)
-                fill(k_ring, n, k, box(batch, kv_head, k_start, k_len, first_k, C.packed), STAGES)
-                fill(v_ring, n, v, box(batch, kv_head, k_start, k_len, first_k, C.packed), STAGES)
+                fill_keys(k_ring, k_parts, n, k, 0, where, first_k, lengths[5], C)
+                fill_keys(v_ring, v_parts, n, v, 1, where, first_k, lengths[5], C)
                 n += 1
             if C.masked:
                 kind, high, low = next_run(
@@ -158,12 +157,12 @@ def consumer(
 ):  # fmt: skip
     """One warpgroup: rows ME * 64 to ME * 64 + 63 of every item."""
     q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
-    q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns = shared
+    q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns, k_parts, v_parts = shared
     CONSUMERS: gl.constexpr = C.consumers
     STAGES: gl.constexpr = C.stages
     TURNS: gl.constexpr = C.turns
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
-    BLOCK_N: gl.constexpr = k[0].block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k_ring[0][0].shape[-2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     scale, unit = numbers
     items = grid[0] * grid[2]
@@ -172,11 +171,11 @@ def consumer(
     taken, started, n = item * 0, item * 0, item * 0
     open_turns(ME, CONSUMERS, TURNS)
     while item < items:
-        block_row, at, q_start, k_start = item_at(item, grid, lengths, C.packed, C.used, BLOCK_M)
+        block_row, at, q_start, k_start = item_at(item, grid, lengths, C, BLOCK_M)
         batch, head, q_len, k_len = at
         first_row = block_row + ME * 64
         if block_row < q_len:
-            acc = sums(v)
+            acc = sums(out)
             state = start(sinks, head, unit, C.sinks, 64, gl.SliceLayout(1, S_LAYOUT))
             kind, high, low = first_run(block_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
             barrier_wait(q_full.index(ME), taken & 1)
@@ -243,7 +242,7 @@ _NUMBERS = [
 @gluon.jit(do_not_specialize=_NUMBERS)
 def forward(
     q, k, v, out, q_rest, k_rest, v_rest, out_rest,
-    lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
+    lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, cache, tables,
     plane_rows, odd_blocks, blocks, heads, planes, section, entries, group,
     seqlen_q, seqlen_k, scale, unit,
     SCORE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
@@ -253,6 +252,7 @@ def forward(
 
     q, k, v, out are descriptors (sequences.py), of boxes of 64 rows, BLOCK_N keys, BLOCK_N keys and 64 rows;
     *_rest of boxes with the columns behind, None for a head in one piece.
+    With C.chunk keys lie in a `cache`, and k and v are boxes of its chunks and panels (pages.py).
     lse is contiguous, (planes, plane_rows), and stats (2, planes, plane_rows). C.guard: `odd` (planes,
     odd_blocks) has a number for each 64 rows, as the careful launch of kernels/triton/forward.py reads it
     with blocks of 64: whether sums came out infinite or NaN.
@@ -266,17 +266,23 @@ def forward(
     for i in gl.static_range(CONSUMERS):
         barrier_init(q_full.index(i), count=1)
         barrier_init(q_empty.index(i), count=1)
-    k_ring = ring_of(buffers_for(k, STAGES), STAGES, CONSUMERS)
-    v_ring = ring_of(buffers_for(v, STAGES), STAGES, CONSUMERS)
+    if C.chunk > 0:
+        k_parts, k_tiles = buffers_in_boxes(k, q, C.block_n, STAGES)
+        v_parts, v_tiles = buffers_in_boxes(v, out, C.block_n, STAGES)
+    else:
+        k_parts, v_parts = None, None
+        k_tiles, v_tiles = buffers_for(k, STAGES), buffers_for(v, STAGES)
+    k_ring = ring_of(k_tiles, STAGES, CONSUMERS)
+    v_ring = ring_of(v_tiles, STAGES, CONSUMERS)
     turns = make_turns(CONSUMERS, C.turns)
     if C.own_out:
         out_tiles = buffers_for(out, CONSUMERS)
     else:
         out_tiles = q_tiles
-    shared = (q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns)
+    shared = (q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns, k_parts, v_parts)
     arrays = (q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks)
     grid = (blocks, heads, planes, section, entries, group)
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, cache)
     numbers = (scale, unit)
     # Functions are handed over in place: they cannot be kept in a tuple.
     if CONSUMERS == 2:

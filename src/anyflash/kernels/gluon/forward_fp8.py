@@ -92,7 +92,7 @@ def mover(
     # Items taken, uses of the rings, and whether the last of v is still to be turned.
     taken, n, owed = item * 0, item * 0, item * 0
     while item < items:
-        first_row, at, q_start, k_start = item_at(item, grid, lengths, C.packed, C.used, BLOCK_M)
+        first_row, at, q_start, k_start = item_at(item, grid, lengths, C, BLOCK_M)
         batch, head, q_len, k_len = at
         kv_head = head // grid[5]
         kind, high, low = first_run(first_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
@@ -207,7 +207,7 @@ def consumer(
     taken, started, n = item * 0, item * 0, item * 0
     open_turns(ME, CONSUMERS, TURNS)
     while item < items:
-        block_row, at, q_start, k_start = item_at(item, grid, lengths, C.packed, C.used, BLOCK_M)
+        block_row, at, q_start, k_start = item_at(item, grid, lengths, C, BLOCK_M)
         batch, head, q_len, k_len = at
         first_row = block_row + ME * 64
         if block_row < q_len:
@@ -317,7 +317,7 @@ def forward_fp8(
     shared = (q_tiles, q_full, q_empty, k_ring, v_ring, turned_ring, out_tiles, turns)
     arrays = (q, k, v, (out,), lse, stats, odd, sinks, plane_rows, odd_blocks)
     grid = (blocks, heads, planes, section, entries, group)
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, None)
     numbers = (scale, unit)
     # Functions are handed over in place: they cannot be kept in a tuple.
     gl.warp_specialize([

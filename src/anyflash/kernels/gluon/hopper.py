@@ -152,7 +152,9 @@ def pin(x):
 
 @gluon.jit
 def recast(buffers, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, buffers.dtype.primitive_bitwidth)
+    bits: gl.constexpr = buffers.dtype.primitive_bitwidth
+    # A narrower tile's rows are exchanged in units of their own width.
+    layout: gl.constexpr = gl.NVMMASharedLayout(min(128, COLUMNS * bits // 8), bits)
     return seen_as(buffers, buffers.dtype, [COUNT, ROWS, COLUMNS], layout)
 
 

@@ -7,7 +7,7 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyflash.core.device import Device
 from anyflash.core.dtypes import ITEMSIZE
@@ -30,6 +30,10 @@ _REPAIR = PortableTiles(schedule.ROWS, 32, 8, 1)
 _LARGEST_STEP = 2**39
 # Element types that Gluon calls otherwise.
 NAMES = {"float8_e4m3fn": "float8e4nv", "float8_e5m2": "float8e5"}
+# What TMA and wgmma exchange units of 16 bytes in.
+_PANEL_BYTES = 128
+# Where an axis has one place, its step is none; TMA wants a valid one.
+_STEP_BYTES = 16
 
 
 def unfit(problem: Problem, operands: Operands, results: Results) -> str | None:
@@ -61,60 +65,83 @@ def cannot_move(view: View) -> str | None:
 def forward(problem: Problem, operands: Operands, results: Results) -> None:
     """Write out, lse and stats. The arrays are fit."""
     call = portable.Call(problem, operands)
-    program, packed = problem.program, problem.packed_q
-    found = functions(program.score, program.mask, tuple(spec.dtype for spec in problem.tables), "gluon")
-    tiles = forward_tiles(problem)
     with current(call.device):
-        if packed:
+        if problem.packed_q:
             portable.fill_rows_of_no_sequence(call, results)
-        blocks, entries = call.row_blocks(tiles.block_m)
-        planes = problem.heads_q * entries
-        odd_blocks, _ = call.row_blocks(schedule.ROWS)
-        odd = empty((planes * odd_blocks,), call.device, "int32") if call.hides else None
-        sinks, *lengths, tables = call.shared_arrays()
-        launch(
-            forward_kernels.forward,
-            min(blocks * planes, processors(call.device)),
-            *boxes(problem, operands, results, tiles),
-            pointer(results.lse),
-            pointer(results.stats),
-            odd,
-            sinks,
-            *lengths,
-            tables,
-            problem.total_q if packed else problem.seqlen_q,
-            odd_blocks,
-            blocks,
-            problem.heads_q,
-            planes,
-            section(problem, planes),
-            problem.batch,
-            problem.group,
-            *call.extents,
-            float(problem.scale),
-            call.unit,
-            SCORE=found.final_score,
-            ALLOWED=found.allowed,
-            TILE_CLASS=found.tile_class,
-            C=schedule.Form(
-                identity=call.identity,
-                masked=found.masked,
-                wide=not reads_tables(program.mask),
-                sinks=program.sinks,
-                guard=call.hides,
-                packed=packed,
-                used=problem.seqused_k,
-                consumers=tiles.consumers,
-                stages=tiles.stages,
-                turns=tiles.turns,
-                own_out=tiles.own_out,
-                consumer_registers=tiles.consumer_registers,
-                producer_registers=tiles.producer_registers,
-            ),
-            num_warps=4,
-        )
+        odd, _ = start(call, results)
         if call.hides:
             portable.forward(problem, operands, results, _REPAIR, odd)
+
+
+class Cached(NamedTuple):
+    """Where keys lie that are in a cache: what pages.py calls so, keys of a chunk, slots of a page or 0, and
+    whether there is padding in front of them."""
+
+    cache: tuple[Any, ...]
+    chunk: int
+    page: int
+    padded: bool
+
+
+def start(call: portable.Call, results: Results, cached: Cached | None = None) -> tuple[Any, int]:
+    """Launch the forward on the current device. Returns `odd`, None if nothing can be hidden, and how many
+    blocks of 64 rows it has for a plane."""
+    problem, program, packed = call.problem, call.problem.program, call.problem.packed_q
+    found = functions(program.score, program.mask, tuple(spec.dtype for spec in problem.tables), "gluon")
+    tiles = forward_tiles(problem)
+    blocks, entries = call.row_blocks(tiles.block_m)
+    planes = problem.heads_q * entries
+    odd_blocks, _ = call.row_blocks(schedule.ROWS)
+    odd = empty((planes * odd_blocks,), call.device, "int32") if call.hides else None
+    sinks, *lengths, tables = call.shared_arrays()
+    extents = call.extents if cached is None else (call.extents[0], problem.seqlen_k)
+    launch(
+        forward_kernels.forward,
+        min(blocks * planes, processors(call.device)),
+        *boxes(problem, call.operands, results, tiles, 0 if cached is None else cached.chunk),
+        pointer(results.lse),
+        pointer(results.stats),
+        odd,
+        sinks,
+        *lengths,
+        None if cached is None else cached.cache,
+        tables,
+        problem.total_q if packed else problem.seqlen_q,
+        odd_blocks,
+        blocks,
+        problem.heads_q,
+        planes,
+        section(problem, planes),
+        problem.batch,
+        problem.group,
+        *extents,
+        float(problem.scale),
+        call.unit,
+        SCORE=found.final_score,
+        ALLOWED=found.allowed,
+        TILE_CLASS=found.tile_class,
+        C=schedule.Form(
+            identity=call.identity,
+            masked=found.masked,
+            wide=not reads_tables(program.mask),
+            sinks=program.sinks,
+            guard=call.hides,
+            packed=packed,
+            used=call.operands.seqused_k is not None,
+            chunk=0 if cached is None else cached.chunk,
+            page=0 if cached is None else cached.page,
+            padded=cached is not None and cached.padded,
+            block_n=tiles.block_n,
+            consumers=tiles.consumers,
+            stages=tiles.stages,
+            turns=tiles.turns,
+            own_out=tiles.own_out,
+            consumer_registers=tiles.consumer_registers,
+            producer_registers=tiles.producer_registers,
+        ),
+        num_warps=4,
+    )
+    return odd, odd_blocks
 
 
 def forward_tiles(problem: Problem) -> schedule.Tiles:
@@ -122,18 +149,21 @@ def forward_tiles(problem: Problem) -> schedule.Tiles:
     return schedule.forward_tiles(problem.head_dim, problem.head_dim_v, masked, scored)
 
 
-def boxes(problem: Problem, operands: Operands, results: Results, tiles: schedule.Tiles) -> tuple[Any, ...]:
-    """Descriptors of q, k, v and out, and of the columns behind, None for a head in one piece."""
+def boxes(
+    problem: Problem, operands: Operands, results: Results, tiles: schedule.Tiles, chunk: int = 0
+) -> tuple[Any, ...]:
+    """Descriptors of q, k, v and out, and of the columns behind, None for a head in one piece. With `chunk`
+    those of k and v are of so many rows of a cache."""
     (wide, rest), (wide_v, rest_v) = schedule.split(problem.head_dim), schedule.split(problem.head_dim_v)
     arrays = (
-        (operands.q, schedule.ROWS, wide, rest),
-        (operands.k, tiles.block_n, wide, rest),
-        (operands.v, tiles.block_n, wide_v, rest_v),
-        (results.out, schedule.ROWS, wide_v, rest_v),
+        (rows, operands.q, schedule.ROWS, wide, rest),
+        (chunks if chunk else rows, operands.k, chunk or tiles.block_n, wide, rest),
+        (chunks if chunk else rows, operands.v, chunk or tiles.block_n, wide_v, rest_v),
+        (rows, results.out, schedule.ROWS, wide_v, rest_v),
     )
     return (
-        *(rows(view, extent, wide) for view, extent, wide, _rest in arrays),
-        *(rows(view, extent, rest) if rest else None for view, extent, _wide, rest in arrays),
+        *(of(view, extent, wide) for of, view, extent, wide, _rest in arrays),
+        *(of(view, extent, rest) if rest else None for of, view, extent, _wide, rest in arrays),
     )
 
 
@@ -161,6 +191,27 @@ def rows(view: View, extent: int, columns: int | None = None) -> Any:
         strides = (batch[1], head[1], token[1], 1)
     block = (1,) * (len(shape) - 2) + (extent, columns or schedule.padded(dim[0]))
     return descriptor(view, shape, strides, block)
+
+
+def page_step(view: View) -> int:
+    """How many slots apart the pages of a cache lie."""
+    return view.strides[0] // slot_bytes(view) if view.shape[0] > 1 else view.shape[1]
+
+
+def slot_bytes(view: View) -> int:
+    """Bytes from slot to slot, a valid step for TMA also where there is one alone."""
+    pages, slots = view.shape[:2]
+    return view.strides[1] if slots > 1 else view.strides[0] if pages > 1 else _STEP_BYTES
+
+
+def chunks(view: View, extent: int, columns: int = schedule.GREATEST_DIM) -> Any:
+    """A descriptor of boxes of `extent` rows of a head of a cache, (pages, slots, heads, dim), and of one
+    panel of such a piece of the head."""
+    size = view.itemsize
+    heads, dim = view.shape[2:]
+    token, head = slot_bytes(view) // size, (view.strides[2] if heads > 1 else _STEP_BYTES) // size
+    shape, strides = (UNBOUNDED, UNBOUNDED, heads, FAR, dim), (WRAP - token, token, head, token, 1)
+    return descriptor(view, shape, strides, (1, 1, 1, extent, min(_PANEL_BYTES // size, columns)))
 
 
 def elements(view: View, extent: int) -> Any:

@@ -2,7 +2,8 @@
 
 What kernels/triton/launch_decode.py says holds here: nothing reads what a sequence holds, no memory taken
 depends on it, and sequences with few and with some rows have a launch each. Those with many rows have the
-portable kernel's, and so has what must be done again where a mask hides infinite values or NaN.
+forward's, over the cache; what must be done again where a mask hides infinite values or NaN is the portable
+kernel's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from anyflash.core.dtypes import FLOATS8
+from anyflash.core.log import logger
 from anyflash.core.view import View
 from anyflash.kernels.gluon import decode as kernels
 from anyflash.kernels.gluon import launch as launching
@@ -33,8 +35,6 @@ def lacks(problem: Problem) -> list[str]:
     reasons = []
     if problem.dtype_kv in FLOATS8:
         reasons.append("splits no keys of 8-bit floats")
-    if not any(rows in SERVED for rows in portable_decode.kinds(problem)):
-        reasons.append(f"splits the keys of at most {ROWS['some'][1]} rows of a group")
     return reasons
 
 
@@ -56,7 +56,7 @@ def explain(problem: Problem) -> dict[str, str]:
             cut = f"at most {segments} segments of {least * chosen.block_n} keys or more"
             found[f"forward, {rows} rows"] = f"{chosen}, {cut}"
         else:
-            found[f"forward, {rows} rows"] = "the portable kernel"
+            found[f"forward, {rows} rows"] = f"{launching.forward_tiles(problem)}, the forward over the cache"
     return found
 
 
@@ -69,9 +69,15 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
             portable.fill_rows_of_no_sequence(call, results)
         if problem.batch and problem.seqlen_q:
             for rows in portable_decode.kinds(problem):
-                odd = _launch(call, rows, results) if rows in SERVED else None
-                if rows not in SERVED or odd is not None:
-                    portable_decode.launch(call, rows, results, odd)
+                if rows in SERVED:
+                    odd = _launch(call, rows, results)
+                    if odd is not None:
+                        portable_decode.launch(call, rows, results, odd)
+                elif why := launch_pages.unfit_for_many(problem, operands, results):
+                    logger.info("many rows over a cache on hopper: the portable kernel, as %s", why)
+                    portable_decode.launch(call, rows, results)
+                else:
+                    launch_pages.many(call, results)
 
 
 def _launch(call: portable.Call, rows: Rows, results: Results) -> Any:
@@ -96,8 +102,8 @@ def _launch(call: portable.Call, rows: Rows, results: Results) -> Any:
         kernels.decode,
         programs * parts,
         launching.pointer(operands.q),
-        launch_pages.boxes(operands.k, together),
-        launch_pages.boxes(operands.v, together),
+        launching.chunks(operands.k, together),
+        launching.chunks(operands.v, together),
         *[launching.pointer(view) for view in (results.out, results.lse, results.stats)],
         empty((kept * parts * words,), call.device),
         counters(kept, call.device),

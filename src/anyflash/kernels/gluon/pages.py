@@ -5,7 +5,7 @@ cache is its rows, (row, head, dim), pages STEP rows apart, placed in windows as
 (sequences.py), so that the hardware's own bounds end a box behind the last key of the sequence: whatever
 stands there, or on a page that is no longer somebody's, is never read, and v is 0 there.
 
-    chunk       ROWS = gcd(PAGE, BLOCK_N) keys, which lie in one page; without pages, ROWS = BLOCK_N
+    chunk       ROWS = gcd(PAGE, BLOCK_N) keys, which lie in one page; of sequences of one page BLOCK_N
     panel       COLUMNS = 128 bytes of each row, the widest that TMA and wgmma exchange units in
 
 A tile is loaded by chunks and panels, each box into a buffer of its own. In memory a tile of wgmma's is its
@@ -16,11 +16,13 @@ panels one behind the other, each panel its rows, exchanged in patterns of 8 row
 are, bit for bit, the ring [stage] (BLOCK_N, PANELS * COLUMNS) that consumers multiply from. tests/gpu checks
 this against the compiler's layouts, and the emulator keeps such buffers as the hardware would.
 
-    cache   (block_table, step of a sequence, step of a page, pages, STEP of k, STEP of v, leftpad, capacity)
+    cache   (block_table, step of a sequence, step of a page, pages, STEP of k, STEP of v, leftpad, capacity,
+             fewest)
 
     block_table  (sequences, pages of one) int32 or int64, or None: then sequence b is page b (PAGE = 0)
-    leftpad      (sequences,), or None for zeros; only with PAGE = 0
+    leftpad      (sequences,), or None for zeros; only for sequences of one page
     capacity     slots of a sequence
+    fewest       a sequence of so many rows, or fewer, is somebody else's
 
 Nobody has read these numbers: entries of the table are looked up only where they hold a key, and are held
 inside the cache. Rows are in 32 bits, which `launch_pages` sees to.
@@ -31,30 +33,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from anyflash.kernels.gluon.hopper import (
-    barrier_expect,
-    barrier_init,
-    barrier_wait,
-    barriers,
-    recast,
-    tma_load,
-)
-from anyflash.kernels.gluon.sequences import FAR, held
+from anyflash.kernels.gluon.hopper import barrier_expect, recast, tma_load
+from anyflash.kernels.gluon.pieces import fill
+from anyflash.kernels.gluon.pipeline import await_empty, ring_of
+from anyflash.kernels.gluon.sequences import FAR, box
 
 _FAR = gl.constexpr(FAR)
-
-
-@gluon.jit
-def keys_of(batch, seqused_k, seqlen_k, cache, USED: gl.constexpr, PADDED: gl.constexpr):
-    """First slot and number of keys of a sequence, at most seqlen_k of them."""
-    leftpad, capacity = cache[6], cache[7]
-    k_start = gl.full([], 0, gl.int32)
-    if PADDED:
-        k_start = held(leftpad, batch, capacity)
-    k_len = gl.minimum(capacity - k_start, seqlen_k)
-    if USED:
-        k_len = held(seqused_k, batch, k_len)
-    return k_start, k_len
 
 
 @gluon.jit
@@ -73,44 +57,93 @@ def chunk_at(batch, first_slot, first_key, k_len, step, cache, PAGE: gl.constexp
 
 
 @gluon.jit
-def make_page_ring(descriptor, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+def boxes_and_tiles(box, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """The boxes of a ring, and the same memory as STAGES tiles of (BLOCK_N, WIDTH)."""
+    ROWS: gl.constexpr = box.block_type.shape[-2]
+    COLUMNS: gl.constexpr = box.block_type.shape[-1]
+    COUNT: gl.constexpr = STAGES * (WIDTH // COLUMNS) * (BLOCK_N // ROWS)
+    parts = gl.allocate_shared_memory(box.dtype, [COUNT] + box.block_type.shape, box.layout)
+    return parts, recast(parts, STAGES, BLOCK_N, WIDTH)
+
+
+@gluon.jit
+def make_page_ring(box, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
                    READERS: gl.constexpr):  # fmt: skip
-    """A ring of tiles (BLOCK_N, DIM), as pipeline.py has them, and the boxes that it consists of."""
-    ROWS: gl.constexpr = descriptor.block_type.shape[-2]
-    COLUMNS: gl.constexpr = descriptor.block_type.shape[-1]
-    boxes = gl.allocate_shared_memory(
-        descriptor.dtype,
-        [STAGES * (DIM // COLUMNS) * (BLOCK_N // ROWS)] + descriptor.block_type.shape,
-        descriptor.layout,
-    )
-    full = barriers(STAGES)
-    empty = barriers(STAGES)
-    for i in gl.static_range(STAGES):
-        barrier_init(full.index(i), count=1)
-        barrier_init(empty.index(i), count=READERS)
-    return (recast(boxes, STAGES, BLOCK_N, DIM), full, empty), boxes
+    """A ring of tiles (BLOCK_N, WIDTH), as pipeline.py has them, and the boxes that it consists of."""
+    parts, tiles = boxes_and_tiles(box, WIDTH, BLOCK_N, STAGES)
+    return ring_of(tiles, STAGES, READERS), parts
+
+
+@gluon.jit
+def buffers_in_boxes(boxes, like, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """For each piece of a head (pieces.py), as many columns as `like` has, its boxes and its tiles."""
+    parts, tiles = boxes_and_tiles(boxes[0], like[0].block_type.shape[-1], BLOCK_N, STAGES)
+    parts, tiles = (parts,), (tiles,)
+    if len(boxes) > 1:
+        rest_parts, rest_tiles = boxes_and_tiles(boxes[1], like[1].block_type.shape[-1], BLOCK_N, STAGES)
+        parts, tiles = parts + (rest_parts,), tiles + (rest_tiles,)
+    return parts, tiles
+
+
+@gluon.jit
+def _load_panels(box, window, FIRST: gl.constexpr, barrier, parts, stage, chunk, CHUNKS: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
+    """The panels of one chunk and of one piece of the head, whose columns are those from FIRST on."""
+    PANELS: gl.constexpr = parts.shape[0] // (STAGES * CHUNKS)
+    # (ROWS, COLUMNS)
+    for panel in gl.static_range(PANELS):
+        place = window + (FIRST + panel * box.block_type.shape[-1],)
+        tma_load(box, place, barrier, parts.index((stage * PANELS + panel) * CHUNKS + chunk))
 
 
 @gluon.jit
 def fill_from_pages(
-    ring, boxes, n, descriptor, step, cache, batch, head, first_slot, first_key, k_len,
-    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    ring, parts, n, box, step, cache, batch, head, first_slot, first_key, k_len,
+    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Producer: load keys first_key to first_key + BLOCK_N - 1 into the stage of use n, as soon as its
-    readers have left it."""
-    ROWS: gl.constexpr = descriptor.block_type.shape[-2]
-    COLUMNS: gl.constexpr = descriptor.block_type.shape[-1]
-    PANELS: gl.constexpr = DIM // COLUMNS
+    readers have left it. `step` is that of the pages of this box."""
+    tiles, full, empty = ring
+    fill_pieces_from_pages(
+        ((tiles,), full, empty), (parts,), n, (box,), step, cache, batch, head, first_slot, first_key, k_len,
+        PAGE, BLOCK_N, STAGES,
+    )  # fmt: skip
+
+
+@gluon.jit
+def fill_pieces_from_pages(
+    ring, parts, n, boxes, step, cache, batch, head, first_slot, first_key, k_len,
+    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The same of all pieces of a head."""
+    ROWS: gl.constexpr = boxes[0].block_type.shape[-2]
+    BYTES: gl.constexpr = parts[0].shape[0] // STAGES * boxes[0].block_type.nbytes
+    REST_BYTES: gl.constexpr = (
+        parts[1].shape[0] // STAGES * boxes[1].block_type.nbytes if len(boxes) > 1 else 0
+    )
     CHUNKS: gl.constexpr = BLOCK_N // ROWS
-    buffers, full, empty = ring
+    tiles, full, empty = ring
+    WIDE: gl.constexpr = tiles[0].shape[-1]
     stage = n % STAGES
-    barrier_wait(empty.index(stage), ((n // STAGES) & 1) ^ 1)
-    barrier_expect(full.index(stage), PANELS * CHUNKS * descriptor.block_type.nbytes)
+    await_empty(ring, n, STAGES)
+    barrier_expect(full.index(stage), BYTES + REST_BYTES)
     for chunk in range(CHUNKS):
         start, there = chunk_at(batch, first_slot, first_key + chunk * ROWS, k_len, step, cache, PAGE, ROWS)
-        # (ROWS, COLUMNS)
-        for panel in gl.static_range(PANELS):
-            tma_load(
-                descriptor, (_FAR, start + there, head, _FAR - there, panel * COLUMNS), full.index(stage),
-                boxes.index((stage * PANELS + panel) * CHUNKS + chunk),
-            )  # fmt: skip
+        window = (_FAR, start + there, head, _FAR - there)
+        _load_panels(boxes[0], window, 0, full.index(stage), parts[0], stage, chunk, CHUNKS, STAGES)
+        if len(boxes) > 1:
+            _load_panels(boxes[1], window, WIDE, full.index(stage), parts[1], stage, chunk, CHUNKS, STAGES)
+
+
+@gluon.jit
+def fill_keys(ring, parts, n, boxes, WHICH: gl.constexpr, where, first_key, cache, C: gl.constexpr):
+    """Producer: load a tile of k (WHICH 0) or v (1) from a cache, or where keys follow each other. `where` is
+    (batch, key head, first key, number of keys)."""
+    batch, head, k_start, k_len = where
+    if C.chunk > 0:
+        fill_pieces_from_pages(
+            ring, parts, n, boxes, cache[4 + WHICH], cache, batch, head, k_start, first_key, k_len, C.page,
+            C.block_n, C.stages,
+        )  # fmt: skip
+    else:
+        fill(ring, n, boxes, box(batch, head, k_start, k_len, first_key, C.packed), C.stages)

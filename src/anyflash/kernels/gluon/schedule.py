@@ -55,6 +55,8 @@ class Form:
     sinks       sinks join the sums
     guard       blocks whose sums are infinite or NaN are reported
     packed      sequences are packed; used: not all of their keys are there
+    chunk       keys of a cache that are loaded as one (pages.py), 0: there is no cache
+    page        slots of its pages, 0: a sequence has one; padded: keys do not begin at the first slot
     """
 
     identity: bool
@@ -70,6 +72,10 @@ class Form:
     own_out: bool
     consumer_registers: int
     producer_registers: int
+    chunk: int = 0
+    page: int = 0
+    padded: bool = False
+    block_n: int = 0
 
 
 # By (DIM, DIM_V), each the sum of its pieces. tests/gpu/budgets_hopper.json has what the stack is used for.

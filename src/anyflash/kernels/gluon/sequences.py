@@ -28,19 +28,41 @@ def held(lengths, at, greatest):
 
 
 @gluon.jit
+def rows_of(batch, cu_seqlens_q, seqlen_q, PACKED: gl.constexpr):
+    """First row and number of rows of a sequence."""
+    if PACKED:
+        q_start = held(cu_seqlens_q, batch, seqlen_q)
+        q_len = gl.maximum(held(cu_seqlens_q, batch + 1, seqlen_q) - q_start, 0)
+    else:
+        q_start = gl.full([], 0, gl.int32)
+        q_len = gl.full([], 0, gl.int32) + seqlen_q
+    return q_start, q_len
+
+
+@gluon.jit
+def keys_of(batch, seqused_k, seqlen_k, cache, USED: gl.constexpr, PADDED: gl.constexpr):
+    """First slot and number of keys of a sequence in a cache (pages.py), at most seqlen_k of them."""
+    leftpad, capacity = cache[6], cache[7]
+    k_start = gl.full([], 0, gl.int32)
+    if PADDED:
+        k_start = held(leftpad, batch, capacity)
+    k_len = gl.minimum(capacity - k_start, seqlen_k)
+    if USED:
+        k_len = held(seqused_k, batch, k_len)
+    return k_start, k_len
+
+
+@gluon.jit
 def sequence(batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k,
              PACKED: gl.constexpr, USED: gl.constexpr):  # fmt: skip
     """First row and number of rows, first key and number of keys, in 32 bits. Packed, `seqlen_*` are the
     totals."""
+    q_start, q_len = rows_of(batch, cu_seqlens_q, seqlen_q, PACKED)
     if PACKED:
-        q_start = held(cu_seqlens_q, batch, seqlen_q)
-        q_len = gl.maximum(held(cu_seqlens_q, batch + 1, seqlen_q) - q_start, 0)
         k_start = held(cu_seqlens_k, batch, seqlen_k)
         k_len = gl.maximum(held(cu_seqlens_k, batch + 1, seqlen_k) - k_start, 0)
     else:
-        q_start = gl.full([], 0, gl.int32)
         k_start = gl.full([], 0, gl.int32)
-        q_len = gl.full([], 0, gl.int32) + seqlen_q
         k_len = gl.full([], 0, gl.int32) + seqlen_k
     if USED:
         k_len = held(seqused_k, batch, k_len)
@@ -88,12 +110,18 @@ def box(batch, head, start, length, row, PACKED: gl.constexpr):
 
 
 @gluon.jit
-def item_at(item, grid, lengths, PACKED: gl.constexpr, USED: gl.constexpr, BLOCK_M: gl.constexpr):
+def item_at(item, grid, lengths, C: gl.constexpr, BLOCK_M: gl.constexpr):
     """First row of an item, `at` (batch, head, q_len, k_len), and first row and key of its sequence."""
     blocks, heads, planes, section, entries, group = grid
-    cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k = lengths
-    block, head, batch = work(item, blocks, heads, planes, section, entries, cu_seqlens_q, PACKED, BLOCK_M)
-    q_start, q_len, k_start, k_len = sequence(
-        batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, PACKED, USED
-    )
+    cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, cache = lengths
+    block, head, batch = work(item, blocks, heads, planes, section, entries, cu_seqlens_q, C.packed, BLOCK_M)
+    if C.chunk > 0:
+        q_start, q_len = rows_of(batch, cu_seqlens_q, seqlen_q, C.packed)
+        k_start, k_len = keys_of(batch, seqused_k, seqlen_k, cache, C.used, C.padded)
+        # A sequence of fewer rows has a kernel of its own.
+        q_len = gl.where(q_len > cache[8], q_len, 0)
+    else:
+        q_start, q_len, k_start, k_len = sequence(
+            batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, C.packed, C.used
+        )
     return block * BLOCK_M, (batch, head, q_len, k_len), q_start, k_start

@@ -80,6 +80,22 @@ def segments_of(tiles, SEGMENTS: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
+def any_odd_rows(odd_rows, wanted, first_row, count, q_start, batch, kv_head, heads, group,
+                 PACKED: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Did sums of a block come out infinite or NaN in the kernel that has run before? It had 64 rows of one
+    head to a block, `blocks` of each head, numbered as those of kernels/triton/forward.py."""
+    odd, blocks = odd_rows
+    r = first_row + tl.arange(0, BLOCK_M)
+    head = kv_head * group + r % group
+    block = r // group // 64
+    if PACKED:
+        place = whole(head) * blocks + (q_start // 64 + batch) + block
+    else:
+        place = whole(batch * heads + head) * blocks + (blocks - 1 - block)
+    return tl.max(tl.load(odd + place, mask=r < tl.where(wanted, count, 0), other=0), 0) != 0
+
+
+@triton.jit
 def decode(
     q, k, v, out, lse, stats, partial, counters, sinks, cu_seqlens_q, seqused_k, block_table, leftpad_k,
     tables, q_steps, k_steps, v_steps, out_steps, lse_steps, stats_steps, table_steps,
@@ -95,6 +111,7 @@ def decode(
     SEGMENTS: tl.constexpr, LEAST: tl.constexpr, CHUNK: tl.constexpr, WAITS: tl.constexpr,
     KEPT: tl.constexpr, HEAD: tl.constexpr,
     FACTOR: tl.constexpr = None, FORMAT_Q: tl.constexpr = "", FORMAT: tl.constexpr = "", odd=None,
+    odd_rows=None,
 ):  # fmt: skip
     """One program for each block of rows, segment (of `parts`), key head and sequence.
 
@@ -102,7 +119,7 @@ def decode(
     have a launch with other tiles. Of few or some rows only those 64 are that `odd`, if given, (sequences,
     key heads, 2), has a number for. Steps are in elements: (batch, token, head, dim) of q and out, (page,
     slot, head, dim) of k and v, of lse (batch, head, row), of stats (plane, batch, head, row), of the page
-    table (batch, page).
+    table (batch, page). `odd_rows`: only blocks with rows that are odd are answered for (`any_odd_rows`).
     """
     place = tl.program_id(0)
     # Programs that read the same keys are neighbours.
@@ -123,6 +140,10 @@ def decode(
         if BLOCK_M > 64:
             broken += tl.load(odd + slot + 1, mask=wanted & (count > 64), other=0)
         wanted = wanted & (broken != 0)
+    if odd_rows is not None:
+        wanted = wanted & any_odd_rows(
+            odd_rows, wanted, first_row, count, q_start, batch, kv_head, heads, group, PACKED, BLOCK_M
+        )
     if wanted:
         at = (batch, kv_head * group, q_len, k_len)
         tokens = (first_row // group, (tl.minimum(first_row + BLOCK_M, count) - 1) // group)

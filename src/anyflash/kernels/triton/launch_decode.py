@@ -78,8 +78,8 @@ def kinds(problem: Problem) -> Iterator[schedule.Rows]:
 
 def launch(call: Call, rows: schedule.Rows, results: Results, odd: Any = None) -> None:
     """Sequences with such a number of rows. `odd`: another kernel has run; of its blocks of 64 rows those are
-    computed again whose number, in (sequences, key heads, 2), says that their sums came out infinite or
-    NaN."""
+    computed again whose number says that their sums came out infinite or NaN: (sequences, key heads, 2), or
+    for many rows what `any_odd_rows` is given."""
     problem, operands = call.problem, call.operands
     arch = architecture(call.device)
     narrow, dims = format_of(problem.dtype_kv), (problem.head_dim, problem.head_dim_v)
@@ -155,7 +155,8 @@ def launch(call: Call, rows: schedule.Rows, results: Results, odd: Any = None) -
         FACTOR=call.functions.factor,
         FORMAT_Q=format_of(problem.dtype),
         FORMAT=narrow,
-        odd=odd,
+        odd=None if rows == "many" else odd,
+        odd_rows=odd if rows == "many" else None,
     )
 
 

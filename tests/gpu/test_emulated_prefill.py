@@ -1,0 +1,108 @@
+"""Many rows over a cache on the backend hopper, under the emulator: cases of the contract in every form of a
+cache, whose free slots, pages and entries of the page table hold NaN and nonsense.
+
+Needs TRITON_INTERPRET=1: sequences of few rows, and what a mask hides, are the portable kernel's.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1: nox -s 'systems(triton39)'", allow_module_level=True)
+
+import logging
+
+import torch
+import triton
+
+from anyflash.backends.hopper import BACKEND
+from anyflash.contract.cases import Case, Packed
+from anyflash.contract.rules import MASKS, Causal, Dense, Window
+from anyflash.contract.run import assess, known
+from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
+from gpu import emulated
+from kvcache.laying import Form, lay_out
+
+EVEN = Packed((140, 140), (300, 150))
+SHORT = Packed((130,), (210,))
+MIXED = Packed((1, 70, 0, 150, 9), (300, 129, 40, 260, 0))
+WIDE, DEEP = (128, 128), (192, 128)
+DENSE = Form("dense")
+PADDED = Form("dense_padded", leftpad=(3, 17))
+PAGES = Form("pages_of_16", page_size=16, index="int64")
+
+# What lies where, and how many keys come with the call.
+CASES: tuple[tuple[Case, Form, int], ...] = (
+    (Case("plain", packed=EVEN, dims=(64, 64)), DENSE, 0),
+    (Case("causal", packed=EVEN, dims=WIDE, rules=(Causal(),)), PAGES, 0),
+    (Case("group", packed=EVEN, dims=(64, 64), heads=(4, 2), rules=(Causal(),)), PAGES, 40),
+    (Case("padded", packed=EVEN, dims=(64, 64), rules=(Causal(),)), PADDED, 30),
+    (Case("chosen", packed=EVEN, dims=(64, 64)), Form("chosen", chosen=True, leftpad=(0, 2)), 0),
+    (Case("heads_first", packed=SHORT, dims=WIDE), Form("first", page_size=48, heads_first=True), 0),
+    (Case("large_pages", packed=SHORT, dims=(64, 64)), Form("pages_of_256", page_size=256), 0),
+    (Case("small_pages", packed=SHORT, dims=(64, 64), rules=(Causal(),)), Form("of_8", page_size=8), 0),
+    (Case("two_pieces", packed=SHORT, dims=DEEP, heads=(1, 1), rules=(Causal(),)), PAGES, 0),
+    (Case("odd_dims", packed=SHORT, dims=(96, 80), heads=(1, 1)), PAGES, 0),
+    (Case("widest", packed=Packed((130,), (140,)), dims=(256, 256), heads=(1, 1)), PAGES, 0),
+    (Case("window", packed=SHORT, dims=(64, 64), rules=(Window(40, 9),)), PAGES, 0),
+    (Case("softcap", packed=SHORT, dims=(64, 64), terms=(Softcap(2.0),), rules=(Causal(),)), PAGES, 0),
+    (Case("alibi", packed=EVEN, dims=(64, 64), terms=(Alibi(),), rules=(Causal(),)), DENSE, 0),
+    (Case("bias", packed=SHORT, dims=(64, 64), terms=(Biases(("bk", "h")),)), PAGES, 0),
+    (Case("dense_mask", packed=SHORT, dims=(64, 64), rules=(Dense("bk", 0.6),)), PAGES, 0),
+    (Case("sinks", packed=SHORT, dims=(64, 64), sinks="randn", rules=(Causal(),)), PAGES, 0),
+    (Case("packed", packed=MIXED, dims=(64, 64), heads=(4, 2)), PAGES, 0),
+    (Case("packed_causal", packed=MIXED, dims=(64, 64), heads=(4, 2), rules=(Causal(),)), DENSE, 0),
+    (Case("packed_score", packed=MIXED, dims=WIDE, terms=(SCORES["relative"],)), PAGES, 0),
+    (Case("packed_documents", packed=MIXED, dims=(64, 64), rules=(MASKS["documents_by_batch"],)), PAGES, 0),
+)  # fmt: skip
+EVERY = 1 if triton.__version__ >= "3.9" else 5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device a dense cache comes without a page table; in host memory everybody has one."""
+    own = BACKEND.forward
+
+    def forward(problem: Any, config: str, operands: Any, results: Any) -> None:
+        if problem.num_pages == problem.batch:
+            operands = replace(operands, block_table=None)
+        own(problem, config, operands, results)
+
+    monkeypatch.setattr(BACKEND, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("case", "form", "new"),
+    [
+        pytest.param(replace(case, dtype=("bfloat16", "float16")[i % 2], data_seed=i), form, new, id=case.id)
+        for i, (case, form, new) in enumerate(CASES)
+    ][::EVERY],
+)
+def test_contract(
+    case: Case, form: Form, new: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launched = emulated.install(monkeypatch, seed=case.data_seed)
+    if form in (DENSE, PADDED):
+        as_on_a_device(monkeypatch)
+    values, truth = known(case)
+    assert case.packed is not None
+    lens = tuple(min(new, n) for n in case.packed.lens_k) if new else None
+    laid = lay_out(case, values, form, lens)
+    with caplog.at_level(logging.INFO, "anyflash"):
+        found = laid.canonical(*laid.run("hopper"))
+    assert "forward" in launched, caplog.text
+    verdicts = assess(case, found, truth, ("forward",))
+    assert not [v.complaint for v in verdicts if v.complaint]
