@@ -33,7 +33,8 @@ class Decoding:
 
     def __str__(self) -> str:
         where = "dense" if self.page is None else f"pages of {self.page}"
-        return f"{self.batch} x {self.keys} keys, group {self.group}, {where}"
+        on = "" if self.backend == "triton" else f", {self.backend}"
+        return f"{self.batch} x {self.keys} keys, group {self.group}, {where}{on}"
 
     @property
     def bytes(self) -> int:
@@ -82,21 +83,28 @@ def definition(case: Decoding, q: Any, cache: Any, lengths: Any, dtype: Any) -> 
     return torch.stack(rows)
 
 
-def correct_cases(place: Place) -> Iterator[Decoding]:
+def correct_cases(place: Place, backends: tuple[str, ...]) -> Iterator[Decoding]:
     if place.dry:
-        yield Decoding(70, 2, 2, None, 1, 16)
-        yield Decoding(70, 2, 2, 16, 1, 16)
+        for backend in backends:
+            keys, dim = (128, 64) if backend == "hopper" else (70, 16)
+            yield Decoding(keys, 2, 2, None, 1, dim, backend)
+            yield Decoding(keys, 2, 2, 16, 1, dim, backend)
         return
     for page in PAGES:
         for group in (1, 8):
             for keys in (333, 4096) if place.quick else (17, 333, 4096, 20000):
-                yield Decoding(keys, 3, group, page, 2)
+                for backend in backends:
+                    yield Decoding(keys, 3, group, page, 2, backend=backend)
+    # More than 64 rows, and other widths.
+    for dim, group in ((64, 100), (128, 100), (96, 8), (192, 8), (256, 8)):
+        for backend in backends:
+            yield Decoding(4096, 3, group, 16, 2, dim, backend)
 
 
-def correctness(place: Place, clock: Clock, part: str, keep: Keep) -> None:
+def correctness(place: Place, clock: Clock, part: str, keep: Keep, backends: tuple[str, ...]) -> None:
     """Against float64, error over that of the definition in bfloat16; a batch of one gives the same bits."""
     torch.manual_seed(0)
-    for case in clock.while_time(part, correct_cases(place), []):
+    for case in clock.while_time(part, correct_cases(place, backends), []):
         lengths = torch.tensor(
             [case.keys, max(1, case.keys // 3), case.keys - 5][: case.batch], device=place.device
         )
@@ -123,19 +131,23 @@ def correctness(place: Place, clock: Clock, part: str, keep: Keep) -> None:
         )  # fmt: skip
 
 
-def speed_cases(place: Place) -> Iterator[Decoding]:
+def speed_cases(place: Place, backends: tuple[str, ...]) -> Iterator[Decoding]:
     if place.dry:
-        yield Decoding(40, 1, 2, 16, 1, 16)
+        for backend in backends:
+            yield Decoding(40, 1, 2, 16, 1, 64 if backend == "hopper" else 16, backend)
         return
     for keys in KEYS[:2] if place.quick else KEYS:
         for group in (8, 1):
             for page in PAGES:
-                yield Decoding(keys, max(1, TOTAL_KEYS // keys), group, page)
+                for backend in backends:
+                    yield Decoding(keys, max(1, TOTAL_KEYS // keys), group, page, backend=backend)
 
 
-def speed(place: Place, clock: Clock, part: str, keep: Keep, copy: float | None) -> None:
+def speed(
+    place: Place, clock: Clock, part: str, keep: Keep, backends: tuple[str, ...], copy: float | None
+) -> None:
     """GB/s of keys and values, and what part of a copy's speed that is."""
-    wanted = list(speed_cases(place))
+    wanted = list(speed_cases(place, backends))
     for done, case in enumerate(clock.while_time(part, wanted, [])):
         lengths = torch.full((case.batch,), case.keys, device=place.device)
         q, cache = made(case, place.device, lengths)
@@ -148,12 +160,13 @@ def speed(place: Place, clock: Clock, part: str, keep: Keep, copy: float | None)
         place.forget()
 
 
-def graphs(place: Place, keep: Keep) -> None:
+def graphs(place: Place, keep: Keep, backends: tuple[str, ...]) -> None:
     """One step recorded, then run with another query and other lengths: as the call itself, bit for bit."""
-    for page in (None, 16):
-        case = Decoding(
-            70 if place.dry else 5000, 2, 2, page, 1 if place.dry else 4, 16 if place.dry else 128
-        )
+    for page, backend in ((page, backend) for backend in backends for page in (None, 16)):
+        case = Decoding(5000, 2, 2, page, 4, 128, backend)
+        if place.dry:
+            keys, dim = (128, 64) if backend == "hopper" else (70, 16)
+            case = Decoding(keys, 2, 2, page, 1, dim, backend)
         lengths = torch.tensor([case.keys, case.keys - 20], device=place.device)
         q, cache = made(case, place.device, lengths)
         replay, out = recorded(place, lambda c=case, x=q, y=cache: run(c, x, y))

@@ -13,6 +13,7 @@ from anyflash.kernels.gluon.hopper import (
     barrier_wait,
     barriers,
     fence,
+    meet,
     named_arrive,
     named_wait,
     tma_add,
@@ -145,6 +146,24 @@ def in_turn(total, counter, TAKES_TURNS: gl.constexpr):
             pass
     gl.store(total, gl.load(total) * 2 + me)
     gl.atomic_add(counter, 1)
+
+
+@gluon.jit
+def counted(parts, count, total, FAULT: gl.constexpr):
+    """Each program stores a part and counts itself; who comes last adds the parts up."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i = gl.arange(0, 32, layout=LAYOUT)
+    gl.store(parts + (gl.program_id(0) * 32 + i), i * 0 + (gl.program_id(0) + 1))
+    if FAULT != "no barrier":
+        meet()
+    if FAULT == "relaxed":
+        before = gl.atomic_add(count, 1, sem="relaxed")
+    elif FAULT == "a block's scope":
+        before = gl.atomic_add(count, 1, sem="acq_rel", scope="cta")
+    else:
+        before = gl.atomic_add(count, 1, sem="acq_rel", scope="gpu")
+    if before == 2:
+        gl.store(total + i, gl.load(parts + i) + gl.load(parts + (32 + i)) + gl.load(parts + (64 + i)))
 
 
 @gluon.jit

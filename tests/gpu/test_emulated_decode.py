@@ -142,7 +142,7 @@ def test_batch_does_not_matter(dtype: str, monkeypatch: pytest.MonkeyPatch) -> N
             assert bits == whole[sequence], (form, pick, sequence)
 
 
-@pytest.mark.parametrize("seed", range(9 if NEW else 2))
+@pytest.mark.parametrize("seed", range(5 if NEW else 1))
 def test_every_schedule(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever segment comes last adds the others up, to the same bits, and leaves the counters at zero."""
     kept = torch.zeros(64, dtype=torch.int32)

@@ -191,14 +191,35 @@ def add_in_turn(seed: int, takes_turns: bool, resident: int = 4) -> int:
     return int(total)
 
 
+def out_of_turn(seed: int) -> str:
+    with pytest.raises(Race, match="no atomics order the two") as found:
+        add_in_turn(seed, False)
+    return str(found.value)
+
+
 def test_programs_take_turns() -> None:
     assert {add_in_turn(seed, True) for seed in POLICIES} == {11}
-    assert len({add_in_turn(seed, False) for seed in POLICIES}) > 1
+    assert len({out_of_turn(seed) for seed in POLICIES}) > 1
 
 
 def test_a_run_is_a_function_of_its_seed() -> None:
     for seed in range(30):
-        assert add_in_turn(seed, False) == add_in_turn(seed, False)
+        assert out_of_turn(seed) == out_of_turn(seed)
+
+
+@pytest.mark.parametrize("fault", ["", "no barrier", "relaxed", "a block's scope"])
+def test_sums_of_other_programs(fault: str) -> None:
+    """The last of three programs to count itself may read what they stored: if an atomic released and
+    acquired it on the device, behind a barrier of the threads that stored."""
+    for seed in POLICIES:
+        parts, count, total = (torch.zeros(n, dtype=torch.int32) for n in (96, 1, 32))
+        arguments = (kernels.counted, (3,), parts, count, total, fault)
+        if fault:
+            with pytest.raises(Race, match="no atomics order the two"):
+                emulate(*arguments, seed=seed, resident=3)
+        else:
+            emulate(*arguments, seed=seed, resident=3)
+            assert total.tolist() == [6] * 32
 
 
 def test_waiting_for_a_program_that_is_not_there() -> None:

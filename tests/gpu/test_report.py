@@ -52,9 +52,10 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hopper_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = emulated.install(monkeypatch)
     monkeypatch.setattr(gpu_report, "present", lambda: ("hopper",))
-    status, found = run(tmp_path, monkeypatch, "--parts", "hopper,grid,sweep,contract")
+    status, found = run(tmp_path, monkeypatch, "--parts", "hopper,caches,graphs,grid,decode,sweep,contract")
     assert status == 0, "\n".join(found["errors"].values())
-    assert all(case["right"] for case in found["hopper"].values()), found["hopper"]
+    for part in ("hopper", "caches", "graphs"):
+        assert all(case["right"] for case in found[part].values()), (part, found[part])
     speed = [cell["milliseconds"] for cell in found["grid"].values()]
     assert all(one["backward"].keys() == {"hopper", "hopper, any order", "math"} for one in speed), found[
         "grid"
@@ -62,7 +63,7 @@ def test_hopper_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["contract"]["cases on hopper"]["ran"] == 2 and len(found["contract"]) == 1
     assert len(found["sweep"]) > 2
     assert all("TFLOP/s" in variant for variant in found["sweep"].values()), found["sweep"]
-    assert {"forward", "backward", "backward_dq"} <= set(launched)
+    assert {"forward", "backward", "backward_dq", "decode"} <= set(launched)
 
 
 def test_one_cell_by_another_compiler(

@@ -21,6 +21,7 @@ kernel that breaks a rule raises an error of `errors` that names buffer, stage, 
     clocks          what has happened before what
     memory          shared memory: races, fences;  device_memory, regions: global memory
     swizzle         where bytes of a tile lie, where a buffer is seen in two layouts
+    publication     what programs know of each other's stores
     barriers        mbarriers and named barriers
     tma, wgmma      asynchronous copies and products
     tensor, dtypes, language    values, and Gluon's functions of them
@@ -43,8 +44,9 @@ Not modelled, so that a fault of this kind is not seen:
 - reads by threads before TMA overwrites (write after read across proxies): PTX wants a fence there too, and
   practice is to rely on the barrier's release;
 - a register operand of wgmma in flight: values never change here; the compiler must keep them;
-- order through global memory: only values, bounds, and stores of one element by two programs are checked
-  there; what TMA writes may come late, after the wait for its reads;
+- order through global memory: values, bounds, stores of one element by two programs, and loads of what
+  another program's threads have stored (`publication`) are checked there, nothing else; what TMA writes may
+  come late, after the wait for its reads;
 - `barrier_wait` whose only aim is order, not safety (ping-pong): without it nothing goes wrong but speed;
 - clusters, multicast, im2col, gather and scatter, cp.async, tf32, unsigned integers;
 - sums of a product are rounded once, those of the hardware in its own way.

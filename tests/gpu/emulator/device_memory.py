@@ -13,6 +13,7 @@ import torch
 
 from gpu.emulator import machine
 from gpu.emulator.errors import OutOfBounds, Race
+from gpu.emulator.publication import sem_of
 from gpu.emulator.source import where
 from gpu.emulator.tensor import Pointer, Tensor, as_value, common_layout
 
@@ -65,8 +66,10 @@ def load(
     pointer: Pointer, mask: Any = None, other: Any = None, volatile: Any = False, **_caching: Any
 ) -> Any:
     if bool(volatile):
-        return _atomic(pointer, mask, lambda old: old)
+        return _atomic(pointer, mask, lambda old: old, ("relaxed", "gpu"))
     at, chosen, layout = _indices(pointer, mask, other)
+    touched = at if chosen is None else at[chosen]
+    machine.scheduler().publication.loaded(pointer.flat, touched, machine.task())
     if chosen is None:
         return as_value(pointer.flat[at], layout)
     found = pointer.flat[torch.where(chosen, at, 0)]
@@ -88,11 +91,12 @@ def store(pointer: Pointer, value: Any, mask: Any = None, **_caching: Any) -> No
         at, data = at[chosen], data[chosen]
     run = machine.scheduler()
     run.owners.stored(pointer.flat, at, machine.task().program)
+    run.publication.stored(pointer.flat, at, machine.task(), not shape)
     pointer.flat[at] = data
     run.writes += 1
 
 
-def _atomic(pointer: Pointer, mask: Any, change: Any) -> Any:
+def _atomic(pointer: Pointer, mask: Any, change: Any, order: tuple[str, str]) -> Any:
     """Others may go on before it. If it changed nothing the last time it was tried, at this place, they must:
     a loop that waits for another program's number is then no endless one."""
     run, task = machine.scheduler(), machine.task()
@@ -106,6 +110,7 @@ def _atomic(pointer: Pointer, mask: Any, change: Any) -> Any:
         run.pause(lambda: run.writes != seen, f"another value of an atomic, at {where()}")
     else:
         run.pause()
+    run.publication.atomic(pointer.flat, touched, task, *order)
     before = pointer.flat[at].clone()
     after = change(pointer.flat[touched])
     task.spinning = None
@@ -122,19 +127,22 @@ def _data(value: Any, like: torch.Tensor) -> torch.Tensor:
     return data.to(like.dtype)
 
 
-def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_order: Any) -> Any:
+def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **order: Any) -> Any:
     chosen = mask.data if isinstance(mask, Tensor) else None
 
     def change(old: torch.Tensor) -> torch.Tensor:
         new = _data(value, old)
         return old + (new.expand(chosen.shape)[chosen] if chosen is not None else new)
 
-    return _atomic(pointer, mask, change)
+    return _atomic(pointer, mask, change, sem_of(order))
 
 
-def atomic_xchg(pointer: Pointer, value: Any, mask: Any = None, **_order: Any) -> Any:
-    return _atomic(pointer, mask, lambda old: _data(value, old).expand(old.shape))
+def atomic_xchg(pointer: Pointer, value: Any, mask: Any = None, **order: Any) -> Any:
+    return _atomic(pointer, mask, lambda old: _data(value, old).expand(old.shape), sem_of(order))
 
 
-def atomic_cas(pointer: Pointer, compare: Any, value: Any, **_order: Any) -> Any:
-    return _atomic(pointer, None, lambda old: torch.where(old == _data(compare, old), _data(value, old), old))
+def atomic_cas(pointer: Pointer, compare: Any, value: Any, **order: Any) -> Any:
+    def change(old: torch.Tensor) -> torch.Tensor:
+        return torch.where(old == _data(compare, old), _data(value, old), old)
+
+    return _atomic(pointer, None, change, sem_of(order))

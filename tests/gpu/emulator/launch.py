@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 from gpu.emulator import machine, tma, wgmma
 from gpu.emulator.device_memory import Owners
 from gpu.emulator.errors import EmulationError, InFlight
+from gpu.emulator.publication import Publication
 from gpu.emulator.regions import Regions
 from gpu.emulator.scheduler import Policy, Scheduler, Task
 from gpu.emulator.tensor import Int, Pointer, Tensor
@@ -99,7 +100,7 @@ def emulate(
         else:
             given.append(_argument(value, translator, regions, str(parameter.annotation_type or "")))
     extents = (*[int(extent) for extent in grid], 1, 1)[:3]
-    run = Scheduler(policy, Owners(exclusive))
+    run = Scheduler(policy, Owners(exclusive), Publication())
     used = [0]
 
     def start(number: int, place: tuple[int, int, int]) -> Callable[[], None]:

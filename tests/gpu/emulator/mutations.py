@@ -47,6 +47,8 @@ CALLS: dict[str, Alteration | None] = {
     "barrier_expect": ("halved", 1, _half),
     "barrier_init": ("for one more", "count", _plus_one),
     "fence": None,
+    "meet": None,
+    "atomic_add": ("relaxed", "sem", lambda _: ast.Constant("relaxed")),
     "wgmma_wait": ("one more in flight", 0, _plus_one),
     "tma_store_wait": ("one more in flight", 0, _plus_one),
     "tma_load": None,

@@ -100,9 +100,10 @@ class Stop(BaseException):
 
 
 class Scheduler:
-    def __init__(self, policy: Policy, owners: Any) -> None:
+    def __init__(self, policy: Policy, owners: Any, publication: Any) -> None:
         self.policy = policy
         self.owners = owners
+        self.publication = publication
         self.tasks: list[Task] = []
         self.events: list[Event] = []
         self.current: Task | None = None
