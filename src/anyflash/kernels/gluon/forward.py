@@ -44,7 +44,6 @@ from anyflash.kernels.gluon.pieces import (
     buffers_for,
     inner,
     load,
-    matrices,
     operand,
     outer,
     scaled,
@@ -61,7 +60,7 @@ from anyflash.kernels.gluon.pipeline import (
     take_turn,
 )
 from anyflash.kernels.gluon.results import finish
-from anyflash.kernels.gluon.sequences import box, item_at
+from anyflash.kernels.gluon.sequences import box, item_at, more
 from anyflash.kernels.gluon.softmax import start, step
 
 
@@ -76,11 +75,10 @@ def producer(
     CONSUMERS: gl.constexpr = C.consumers
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     BLOCK_N: gl.constexpr = k_ring[0][0].shape[-2]
-    items = grid[0] * grid[2]
     item = gl.program_id(0)
     taken = item * 0
     n = item * 0
-    while item < items:
+    while more(item, grid):
         first_row, at, q_start, k_start = item_at(item, grid, lengths, C, BLOCK_M)
         batch, head, q_len, k_len = at
         where = (batch, head // grid[5], k_start, k_len)
@@ -119,7 +117,7 @@ def producer(
 
 @gluon.jit
 def under_product(
-    q_tile, p, acc, state, n, turn, tile, first_row, at, k_ring, v_ring, turns, tables, numbers,
+    q_tiles, p, acc, state, n, turn, tile, first_row, at, k_ring, v_ring, turns, tables, numbers,
     SCORE: gl.constexpr, ALLOWED: gl.constexpr, EDGE: gl.constexpr, C: gl.constexpr, ME: gl.constexpr,
     S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
@@ -131,7 +129,7 @@ def under_product(
     await_full(k_ring, n, STAGES)
     take_turn(turns, turn, ME, TURNS)
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
-    s = inner(q_tile, k_ring, n, zero, STAGES)
+    s = inner(q_tiles, ME, k_ring, n, zero, STAGES)
     await_full(v_ring, n - 1, STAGES)
     acc = outer(p, acc, v_ring, n - 1, STAGES)
     pass_turn(turns, ME, CONSUMERS, TURNS)
@@ -147,7 +145,7 @@ def under_product(
     await_full(v_ring, n - 1, STAGES)
     acc, weights = await_outer(acc, weights)
     release(v_ring, n - 1, STAGES)
-    return operand(weights.to(q_tile[0].dtype), acc), scaled(acc, shrink), state
+    return operand(weights.to(q_tiles[0].dtype), acc), scaled(acc, shrink), state
 
 
 @gluon.jit
@@ -165,12 +163,11 @@ def consumer(
     BLOCK_N: gl.constexpr = k_ring[0][0].shape[-2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     scale, unit = numbers
-    items = grid[0] * grid[2]
     item = gl.program_id(0)
     # Items taken, items that had keys, uses of the rings.
     taken, started, n = item * 0, item * 0, item * 0
     open_turns(ME, CONSUMERS, TURNS)
-    while item < items:
+    while more(item, grid):
         block_row, at, q_start, k_start = item_at(item, grid, lengths, C, BLOCK_M)
         batch, head, q_len, k_len = at
         first_row = block_row + ME * 64
@@ -179,19 +176,18 @@ def consumer(
             state = start(sinks, head, unit, C.sinks, 64, gl.SliceLayout(1, S_LAYOUT))
             kind, high, low = first_run(block_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
             barrier_wait(q_full.index(ME), taken & 1)
-            q_tile = matrices(q_tiles, ME)
             if high >= 0:
                 # The first tile has no product to run under, and is the one with the last key.
                 await_full(k_ring, n, STAGES)
                 zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
-                s = wgmma_wait(0, deps=(inner(q_tile, k_ring, n, zero, STAGES),))
+                s = wgmma_wait(0, deps=(inner(q_tiles, ME, k_ring, n, zero, STAGES),))
                 release(k_ring, n, STAGES)
                 s = scores(
                     s, first_row, high * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked,
                     True, False, 64, BLOCK_N, S_LAYOUT,
                 )  # fmt: skip
                 weights, state, shrink = step(s, state, unit)
-                p = operand(weights.to(q_tile[0].dtype), acc)
+                p = operand(weights.to(q_tiles[0].dtype), acc)
                 n += 1
                 started += 1
                 high -= 1
@@ -200,7 +196,7 @@ def consumer(
                     if C.masked:
                         for j in range(gl.where(kind == 1, count, 0)):
                             p, acc, state = under_product(
-                                q_tile, p, acc, state, n, n - started, high - j, first_row, at, k_ring,
+                                q_tiles, p, acc, state, n, n - started, high - j, first_row, at, k_ring,
                                 v_ring, turns, tables, numbers, SCORE, ALLOWED, True, C, ME,
                                 S_LAYOUT, BLOCK_N,
                             )  # fmt: skip
@@ -208,7 +204,7 @@ def consumer(
                         count = gl.where(kind == 1, 0, count)
                     for j in range(count):
                         p, acc, state = under_product(
-                            q_tile, p, acc, state, n, n - started, high - j, first_row, at, k_ring,
+                            q_tiles, p, acc, state, n, n - started, high - j, first_row, at, k_ring,
                             v_ring, turns, tables, numbers, SCORE, ALLOWED, False, C, ME,
                             S_LAYOUT, BLOCK_N,
                         )  # fmt: skip

@@ -91,8 +91,17 @@ def first_run(first_row, at, tables, TILE_CLASS: gl.constexpr, MASK: gl.constexp
 
 @gluon.jit
 def along(first, EXTENT: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
-    """first, first + 1, ... along an axis of a tile: (EXTENT, 1) or (1, EXTENT)."""
-    return gl.expand_dims(first + gl.arange(0, EXTENT, layout=gl.SliceLayout(1 - AXIS, LAYOUT)), 1 - AXIS)
+    """first, first + 1, ... along an axis of a tile: (EXTENT, 1) or (1, EXTENT).
+
+    The columns of a thread lie 8 apart: what differs between threads is added to `first`, and the rest are
+    constants. Columns taken as they come would be a register each, kept from the start of the kernel on.
+    """
+    steps = gl.arange(0, EXTENT, layout=gl.SliceLayout(1 - AXIS, LAYOUT))
+    if AXIS == 1:
+        steps = (first + (steps & 7)) + (steps & -8)
+    else:
+        steps = first + steps
+    return gl.expand_dims(steps, 1 - AXIS)
 
 
 @gluon.jit

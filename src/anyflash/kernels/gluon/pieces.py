@@ -23,6 +23,7 @@ from anyflash.kernels.gluon.hopper import (
     wgmma_wait,
 )
 from anyflash.kernels.gluon.pipeline import await_empty
+from anyflash.kernels.gluon.sequences import unknown_zero
 
 
 @gluon.jit
@@ -76,22 +77,20 @@ def matrix(buffers, at, PIECE: gl.constexpr):
 
 
 @gluon.jit
-def matrices(buffers, at):
-    """Buffer `at` of every piece."""
-    found = (matrix(buffers, at, 0),)
-    if len(buffers) > 1:
-        found += (matrix(buffers, at, 1),)
-    return found
+def inner(q_tiles, at, k_ring, n, zero, STAGES: gl.constexpr):
+    """q . k^T, with the q of buffers `at` and the k of use n, in flight.
 
-
-@gluon.jit
-def inner(q_tiles, k_ring, n, zero, STAGES: gl.constexpr):
-    """q . k^T with the k of use n, in flight."""
-    s = wgmma(
-        q_tiles[0], matrix(k_ring[0], n % STAGES, 0).permute((1, 0)), zero, use_acc=False, is_async=True
-    )
+    Each 16 columns of q have an address, up to 32 registers in all, that would be kept from the start of the
+    kernel to its end.
+    """
+    at += unknown_zero(n)
+    q = matrix(q_tiles, at, 0)
+    k = matrix(k_ring[0], n % STAGES, 0).permute((1, 0))
+    s = wgmma(q, k, zero, use_acc=False, is_async=True)
     if len(q_tiles) > 1:
-        s = wgmma(q_tiles[1], matrix(k_ring[0], n % STAGES, 1).permute((1, 0)), s, is_async=True)
+        q = matrix(q_tiles, at, 1)
+        k = matrix(k_ring[0], n % STAGES, 1).permute((1, 0))
+        s = wgmma(q, k, s, is_async=True)
     return s
 
 

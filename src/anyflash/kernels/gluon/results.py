@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 
 from anyflash.kernels.gluon.hopper import fence, tma_store_wait
 from anyflash.kernels.gluon.pieces import any_odd, put, scaled, store
-from anyflash.kernels.gluon.sequences import box
+from anyflash.kernels.gluon.sequences import box, unknown_zero
 from anyflash.kernels.gluon.softmax import settled
 
 
@@ -29,10 +29,11 @@ def finish(acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles,
     rows = first_row + gl.arange(0, 64, layout=m.type.layout)
     there = rows < q_len
     plane = head if C.packed else batch * grid[1] + head
-    place = plane.to(gl.int64) * plane_rows + q_start + rows
+    late = unknown_zero(first_row)
+    place = plane.to(gl.int64) * (plane_rows + late) + q_start + rows
     gl.store(lse + place, natural, mask=there)
     gl.store(stats + place, m, mask=there)
-    gl.store(stats + place + gl.cast(grid[2], gl.int64) * plane_rows, log_sum, mask=there)
+    gl.store(stats + place + gl.cast(grid[2] + late, gl.int64) * plane_rows, log_sum, mask=there)
     if C.guard:
         block = first_row // 64
         if C.packed:

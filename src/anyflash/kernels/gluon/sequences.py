@@ -110,11 +110,30 @@ def box(batch, head, start, length, row, PACKED: gl.constexpr):
 
 
 @gluon.jit
+def unknown_zero(n):
+    """0, for n from 0 on. A compiler that does not know the sign of n takes what this is added to for another
+    with each n, and works out again what follows from it instead of keeping that in registers from
+    the start of the kernel to its end."""
+    return n >> 31
+
+
+@gluon.jit
+def more(item, grid):
+    """Is there such an item?"""
+    return item < (grid[0] + unknown_zero(item)) * grid[2]
+
+
+@gluon.jit
 def item_at(item, grid, lengths, C: gl.constexpr, BLOCK_M: gl.constexpr):
     """First row of an item, `at` (batch, head, q_len, k_len), and first row and key of its sequence."""
     blocks, heads, planes, section, entries, group = grid
     cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, cache = lengths
-    block, head, batch = work(item, blocks, heads, planes, section, entries, cu_seqlens_q, C.packed, BLOCK_M)
+    late = unknown_zero(item)
+    seqlen_q += late
+    seqlen_k += late
+    block, head, batch = work(
+        item, blocks + late, heads, planes, section, entries, cu_seqlens_q, C.packed, BLOCK_M
+    )
     if C.chunk > 0:
         q_start, q_len = rows_of(batch, cu_seqlens_q, seqlen_q, C.packed)
         k_start, k_len = keys_of(batch, seqused_k, seqlen_k, cache, C.used, C.padded)
