@@ -27,7 +27,7 @@ _DTYPES = ("float16", "bfloat16")
 _CAPABILITY = (9, 0)
 _DIMS = range(33, 257)
 # Of 8-bit floats: sums are in registers twice, of a tile and of all.
-_GREATEST_DIM8 = 128
+_GREATEST_DIM_V8 = 128
 _MOST_TOKENS = 2**30
 _OTHER_ARRAYS = "go to the portable kernels: TMA wants 16 bytes, a head's elements together"
 
@@ -101,8 +101,8 @@ class Hopper:
             from anyflash.kernels.gluon import launch_decode
 
             reasons += launch_decode.lacks(problem)
-        if narrow and max(problem.head_dim, problem.head_dim_v) > _GREATEST_DIM8:
-            reasons.append(f"head dims of 8-bit floats end at {_GREATEST_DIM8}")
+        if narrow and problem.head_dim_v > _GREATEST_DIM_V8:
+            reasons.append(f"v of 8-bit floats has at most {_GREATEST_DIM_V8} columns")
         if max(problem.total_q, problem.total_k) >= _MOST_TOKENS:
             reasons.append(f"packed tokens end at {_MOST_TOKENS}")
         return reasons

@@ -13,7 +13,7 @@ of the keys 2 t and 2 t + 1, another of keys 8 + 2 t and 9 + 2 t. Two byte permu
 four places of column 2 i and the four of column 2 i + 1, which stmatrix puts away. For 16 bytes a thread
 that is one ldmatrix, 4 byte permutations, one stmatrix.
 
-Registers, in words a thread: KEYS * DIM / 512 at once.
+Registers, in words a thread: PART * DIM / 512 at once, and as many again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from anyflash.kernels.gluon.hopper import byte_planes, four_e4m3, seen_as
+
+# Keys at once.
+PART = gl.constexpr(32)
 
 
 @constexpr_function
@@ -58,16 +61,19 @@ def turn(tile, turned, KEYS: gl.constexpr, DIM: gl.constexpr):
     """v of (.., KEYS, DIM) bytes to (DIM, KEYS), both in shared memory. One warpgroup."""
     TILE: gl.constexpr = _of_pairs(DIM)
     TURNED: gl.constexpr = _of_pairs(KEYS)
-    LOADED: gl.constexpr = _pairs_layout(KEYS, DIM // 2)
-    # (KEYS, DIM / 2) pairs
-    pairs = seen_as(tile, gl.int16, [KEYS, DIM // 2], TILE).load(LOADED)
-    # a, 2 t + c, pair, b
-    pairs = gl.permute(gl.reshape(pairs, [KEYS // 16, 2, 8, DIM // 2]), (0, 2, 3, 1))
-    low, high = gl.split(pairs)
-    even, odd = byte_planes(low, high)
-    # pair, even or odd, a, 2 t + b
-    columns = gl.reshape(gl.permute(gl.join(even, odd), (2, 3, 0, 1)), [DIM, KEYS // 2])
-    seen_as(turned, gl.int16, [DIM, KEYS // 2], TURNED).store(columns)
+    LOADED: gl.constexpr = _pairs_layout(PART, DIM // 2)
+    given = seen_as(tile, gl.int16, [KEYS, DIM // 2], TILE)
+    made = seen_as(turned, gl.int16, [DIM, KEYS // 2], TURNED)
+    for i in gl.static_range(KEYS // PART):
+        # (PART, DIM / 2) pairs
+        pairs = given.slice(i * PART, PART, 0).load(LOADED)
+        # a, 2 t + c, pair, b
+        pairs = gl.permute(gl.reshape(pairs, [PART // 16, 2, 8, DIM // 2]), (0, 2, 3, 1))
+        low, high = gl.split(pairs)
+        even, odd = byte_planes(low, high)
+        # pair, even or odd, a, 2 t + b
+        columns = gl.reshape(gl.permute(gl.join(even, odd), (2, 3, 0, 1)), [DIM, PART // 2])
+        made.slice(i * PART // 2, PART // 2, 1).store(columns)
 
 
 @gluon.jit
