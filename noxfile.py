@@ -57,6 +57,7 @@ _COMPILED = (
     "tests/gpu/test_compiled_fp8.py",
     "tests/gpu/test_compiled_others.py",
     "tests/gpu/test_compiled_hopper.py",
+    "tests/gpu/test_compiled_hopper_fp8.py",
     "tests/gpu/test_compiled_hopper_backward.py",
     "tests/gpu/test_compiled_hopper_decode.py",
     "tests/gpu/test_compiled_pages.py",
@@ -80,6 +81,7 @@ _INTERPRETED = (
     "tests/gpu/test_torch_device.py",
     "tests/gpu/test_emulated_hopper.py",
     "tests/gpu/test_emulated_fp8.py",
+    "tests/gpu/test_emulated_mutations_fp8.py",
     "tests/gpu/test_emulated_mutations.py",
     "tests/gpu/test_emulated_prefill.py",
 )

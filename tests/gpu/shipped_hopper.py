@@ -103,7 +103,7 @@ def spilled_in_loops(code: str, first: int) -> int:
     total = 0
     for block in re.split(r"^\s*\.L_x_\d+:", code, flags=re.MULTILINE):
         exponentials = len(re.findall(r"\bMUFU\.EX2\b", block))
-        if re.search(r"\bHGMMA\b", block) and not 0 < exponentials <= first:
+        if re.search(r"\b[HQ]GMMA\b", block) and not 0 < exponentials <= first:
             total += len(re.findall(r"\b(?:LDL|STL)\b", block))
     return total
 

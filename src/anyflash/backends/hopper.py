@@ -101,6 +101,8 @@ class Hopper:
             from anyflash.kernels.gluon import launch_decode
 
             reasons += launch_decode.lacks(problem)
+        if narrow and problem.program.dropout_p:
+            reasons.append("has no dropout for 8-bit floats")
         if narrow and problem.head_dim_v > _GREATEST_DIM_V8:
             reasons.append(f"v of 8-bit floats has at most {_GREATEST_DIM_V8} columns")
         if max(problem.total_q, problem.total_k) >= _MOST_TOKENS:

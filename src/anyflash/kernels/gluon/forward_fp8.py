@@ -50,7 +50,6 @@ from anyflash.kernels.gluon.pipeline import (
     pass_turn,
     release,
     ring_of,
-    say_full,
     take_turn,
     tile_of,
 )
@@ -69,9 +68,10 @@ def turn_tile(v_ring, turned_ring, n, BLOCK_N: gl.constexpr, DIM_V: gl.constexpr
     """Use n of v's ring to use n of the ring of turned tiles."""
     await_full(v_ring, n, STAGES)
     await_empty(turned_ring, n, STAGES)
-    turn(v_ring[0].index(n % STAGES), turned_ring[0].index(n % STAGES), BLOCK_N, DIM_V)
+    tiles, full, empty = turned_ring
+    turn(v_ring[0].index(n % STAGES), tiles.index(n % STAGES), BLOCK_N, DIM_V)
     fence()
-    say_full(turned_ring, n, STAGES)
+    barrier_arrive(full.index(n % STAGES), count=1)
     release(v_ring, n, STAGES)
 
 
@@ -229,9 +229,9 @@ def consumer(
                     s, first_row, high * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked,
                     True, False, 64, BLOCK_N, S_LAYOUT,
                 )  # fmt: skip
-                weights, state, shrink = step(s, state, unit, LIFT)
+                weights, state, _ = step(s, state, unit, LIFT)
                 p = narrow(weights, BLOCK_N)
-                sums = (acc, shrink)
+                sums = (acc, gl.full([64], 1.0, gl.float32, layout=gl.SliceLayout(1, S_LAYOUT)))
                 n += 1
                 started += 1
                 high -= 1

@@ -60,13 +60,6 @@ def await_empty(ring, n, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def say_full(ring, n, STAGES: gl.constexpr):
-    """Producer: use n has been written, and fenced."""
-    buffers, full, empty = ring
-    barrier_arrive(full.index(n % STAGES), count=1)
-
-
-@gluon.jit
 def fill(ring, n, descriptor, coordinates, STAGES: gl.constexpr):
     """Producer: load a tile into the stage of use n, as soon as its readers have left it."""
     buffers, full, empty = ring
