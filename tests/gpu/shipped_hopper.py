@@ -45,6 +45,11 @@ SHIPPED: dict[str, tuple[int, int, dict[str, Any], bool]] = {
     "192 causal": (192, 192, {"causal": True}, False),
     "192/128 plain": (192, 128, {}, False),
     "192/128 causal": (192, 128, {"causal": True}, False),
+    "64 dropout": (64, 64, {"dropout_p": 0.1}, False),
+    "128 dropout causal": (128, 128, {"dropout_p": 0.1, "causal": True}, False),
+    "192/128 dropout": (192, 128, {"dropout_p": 0.1}, False),
+    "256 dropout causal": (256, 256, {"dropout_p": 0.1, "causal": True}, False),
+    "128 dropout everything": (128, 128, {"dropout_p": 0.1, **_alibi()}, False),
     "256 plain": (256, 256, {}, False),
     "256 causal": (256, 256, {"causal": True}, False),
 }

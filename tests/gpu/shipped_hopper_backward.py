@@ -37,6 +37,10 @@ SHIPPED: dict[str, tuple[int, int, dict[str, Any], bool, bool]] = {
     "128 causal added": (128, 128, {"causal": True}, False, False),
     "192 128 causal": (192, 128, {"causal": True}, False, True),
     "256 plain": (256, 256, {}, False, True),
+    "64 dropout": (64, 64, {"dropout_p": 0.1}, False, True),
+    "64 dropout added": (64, 64, {"dropout_p": 0.1}, False, False),
+    "128 dropout causal": (128, 128, {"dropout_p": 0.1, "causal": True}, False, True),
+    "256 dropout causal": (256, 256, {"dropout_p": 0.1, "causal": True}, False, True),
     "256 causal": (256, 256, {"causal": True}, False, True),
     "256 packed causal": (256, 256, {"causal": True}, True, True),
     "256 everything": (256, 256, _EVERYTHING, False, True),
@@ -74,10 +78,10 @@ def figures(name: str) -> dict[str, dict[str, Any]]:
         form = one.constants["C"]
         keys = one.kernel.__name__ != "backward_dq"
         if keys:
-            tiles = tables.keys_tiles(dim, dim_v)
-            accounted = tables.keys_shared_bytes(tiles, dim, dim_v, form.reduce)
+            tiles = tables.keys_tiles(dim, dim_v, form.dropout)
+            accounted = tables.keys_shared_bytes(tiles, dim, dim_v, form.reduce, form.dropout)
         else:
-            tiles = tables.rows_tiles(dim, dim_v, form.guard)
+            tiles = tables.rows_tiles(dim, dim_v, form.guard or form.dropout)
             accounted = tables.rows_shared_bytes(tiles, dim, dim_v)
         made = offline.binary(one.kernel, "sm_90", *one.arguments, **one.constants)
         part = "keys" if keys else "rows"
@@ -85,7 +89,10 @@ def figures(name: str) -> dict[str, dict[str, Any]]:
             **_instructions(made),
             "accounted": accounted,
             # Of 64 keys or rows and a tile, or of half a tile where consumers share one.
-            "exponentials": tiles.moving * 64 // 128 // (2 if keys and tables.wide(dim, dim_v) else 1),
+            "exponentials": tiles.moving
+            * 64
+            // 128
+            // (2 if keys and tables.wide(dim, dim_v, form.dropout) else 1),
             "added": form.reduce,
             "identity": form.identity,
         }

@@ -21,7 +21,10 @@ from gpu.machine_code import printed
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets_hopper.json"
 # All configurations with the newer Triton, () for short; a few with the older one.
-NAMES = {"3.9.0": (), "3.6.0": ("64 plain", "128 causal", "128 packed causal", "256 plain")}
+NAMES = {
+    "3.9.0": (),
+    "3.6.0": ("64 plain", "128 causal", "128 packed causal", "256 plain", "128 dropout causal"),
+}
 KEPT = ("stack", "spilled_in_loops")
 STACK_SLACK = 16
 # What Triton keeps in shared memory to hand arguments to partitions and for reductions.

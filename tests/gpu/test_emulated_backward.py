@@ -38,7 +38,7 @@ ADDED = ["forward", "backward"]
 
 
 def summed(case: Case) -> list[str]:
-    keys = "backward_wide" if max(case.dims) > 128 else "backward"
+    keys = "backward_wide" if max(case.dims) > (64 if case.dropout_p else 128) else "backward"
     return ["forward", keys, "backward_dq"]
 
 
@@ -61,6 +61,9 @@ CASES = (
     Case("packed", packed=LENGTHS, dims=(64, 64), heads=(2, 1)),
     Case("packed_causal", packed=LENGTHS, dims=(128, 128), heads=(1, 1), rules=(Causal(),)),
     Case("packed_window", packed=SPARE, dims=(64, 64), heads=(1, 1), rules=(Window(60, 2),)),
+    Case("dropout", lens=(70, 140), dims=(64, 64), heads=(2, 1), dropout_p=0.3),
+    Case("dropout_widest", lens=(70, 80), dims=(192, 160), heads=(1, 1), dropout_p=0.4, batch=1),
+    Case("dropout_packed", packed=LENGTHS, dims=(128, 128), rules=(Causal(),), heads=(1, 1), dropout_p=0.5),
     Case("layout_heads_first", layouts=(Layout((0, 2, 1, 3)),), lens=(70, 140), dims=(64, 64), batch=1),
     Case("256", lens=(150, 100), dims=(256, 256), heads=(2, 1), rules=(Causal(),), batch=1),
     Case("192_128", lens=(70, 140), dims=(192, 128), heads=(1, 1)),

@@ -68,6 +68,9 @@ CASES = (
     Case("packed_causal", packed=LENGTHS, dims=(128, 128), rules=(Causal(),)),
     Case("packed_window", packed=SPARE, dims=(64, 64), rules=(Window(60, 2),)),
     Case("packed_score", packed=SPARE, dims=(64, 128), terms=(SCORES["distance"],)),
+    Case("dropout", lens=(70, 260), dims=(64, 64), heads=(4, 2), dropout_p=0.3),
+    Case("dropout_causal", lens=(200, 300), dims=(128, 128), rules=(Causal(),), dropout_p=0.5, batch=1),
+    Case("dropout_packed", packed=SPARE, dims=(256, 256), heads=(1, 1), dropout_p=0.2),
     Case("one_query", lens=(1, 300), dims=(64, 64), heads=(4, 1)),
     Case("layout_heads_first", layouts=(Layout((0, 2, 1, 3)),), lens=(70, 140), dims=(64, 64)),
     Case("layout_gaps", layouts=(Layout(gap=8),), lens=(70, 140), dims=(64, 64), batch=1),
@@ -122,6 +125,18 @@ def test_every_schedule(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(direct.attend("hopper", q, k, v, causal=True))
     assert found[0].out.tobytes() == found[1].out.tobytes()
     assert found[0].lse.tobytes() == found[1].lse.tobytes()
+
+
+@pytest.mark.parametrize(("dropout_p", "seed"), [(0.4, 2**63 + 2**31 + 5), (1 - 2**-40, 16), (1e-12, 1)])
+def test_dropped_as_everywhere(dropout_p: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the halves of the seed, and at both ends of the range of probabilities."""
+    launched = emulated.install(monkeypatch)
+    q, k, v, dout = arrays((1, 70, 2, 64), (1, 90, 1, 64), (1, 90, 1, 64), (1, 70, 2, 64))
+    call = {"dout": dout, "dropout_p": dropout_p, "seed": seed}
+    found, wanted = (direct.attend(name, q, k, v, **call) for name in ("hopper", "reference"))
+    assert launched == ["forward", "backward", "backward_dq"]
+    for name in ("out", "dq", "dk", "dv"):
+        assert close(getattr(found, name), getattr(wanted, name))
 
 
 def test_slices_of_a_packed_projection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +206,6 @@ DECLINED = (
     ({"dtype": np.float32}, "the arrays are float32"),
     ({"dim": 32}, "head dims are from 33 to 256, here 32 and 32"),
     ({"dim": 264}, "here 264 and 264"),
-    ({"dropout_p": 0.1}, "has no dropout yet"),
 )
 
 

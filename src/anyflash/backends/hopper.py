@@ -90,8 +90,6 @@ class Hopper:
             reasons.append(f"multiplies {known}, the arrays are {problem.dtype}")
         if problem.dtype_kv != problem.dtype:
             reasons.append(f"multiplies no {problem.dtype} by {problem.dtype_kv}")
-        if problem.program.dropout_p:
-            reasons.append("has no dropout yet")
         if any(dim not in _DIMS for dim in (problem.head_dim, problem.head_dim_v)):
             reasons.append(
                 f"head dims are from {_DIMS[0]} to {_DIMS[-1]}, here {problem.head_dim} and "
@@ -151,14 +149,19 @@ class Hopper:
             return self._explain_narrow(problem)
         program = problem.program
         tiles = schedule.forward_tiles(
-            problem.head_dim, problem.head_dim_v, program.mask is not None, program.score is not None
+            problem.head_dim,
+            problem.head_dim_v,
+            program.mask is not None,
+            program.score is not None,
+            program.dropout_p > 0,
         )
         shared = schedule.shared_bytes(tiles, problem.head_dim, problem.head_dim_v)
-        dims = problem.head_dim, problem.head_dim_v
-        keys = schedule_backward.keys_tiles(*dims)
-        rows = schedule_backward.rows_tiles(*dims, program.mask is not None or program.score is not None)
+        dims, dropped = (problem.head_dim, problem.head_dim_v), program.dropout_p > 0
+        keys = schedule_backward.keys_tiles(*dims, dropped)
+        more = program.mask is not None or program.score is not None or dropped
+        rows = schedule_backward.rows_tiles(*dims, more)
         by_keys = f"by {rows.moving} keys in {rows.stages} stages"
-        if not program.deterministic and not schedule_backward.wide(*dims):
+        if not program.deterministic and not schedule_backward.wide(*dims, dropped):
             by_keys = "added up in float32 on the way, in no fixed order"
         by_rows = f"of {keys.held} keys by {keys.moving} rows in {keys.stages} stages"
         found = {"device": "sm_90"}

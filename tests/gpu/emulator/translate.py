@@ -127,6 +127,12 @@ def _four_e4m3(*values: Tensor) -> Tensor:
     return Tensor(torch.stack(each, -1).view(torch.int32).squeeze(-1), layout)
 
 
+def _same(value: Any) -> Any:
+    if not isinstance(value, Int) or value.bits != 32:
+        raise Mismatch(f"here wants an int32 number, not {value!r}")
+    return value
+
+
 # What hopper.py adds to Gluon.
 _ADDED = {
     "tma_add": tma.add,
@@ -135,6 +141,7 @@ _ADDED = {
     "pin": _pinned,
     "byte_planes": _byte_planes,
     "four_e4m3": _four_e4m3,
+    "here": _same,
 }
 
 

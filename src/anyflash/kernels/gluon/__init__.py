@@ -10,6 +10,7 @@
     elementary.py    what generated source calls, in this dialect
     mask.py          runs of key tiles of one class; scores with program and mask
     softmax.py       one online step
+    dropout.py       which probabilities stay
     forward.py       the walk: products and softmax in step
     results.py       out, lse, stats
     forward_fp8.py   the same walk for 8-bit floats;  transpose.py: v turned in shared memory for it

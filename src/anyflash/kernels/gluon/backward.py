@@ -1,8 +1,8 @@
 """The backward on Hopper: a block of keys stays, rows move past it.
 
     p^T  = exp2((k q^T - m) unit - log2 l)          m and l apart, as the forward saved them
-    dv  += p^T dout
-    ds^T = p^T (v dout^T - delta) slope
+    dv  += dropout(p^T) dout                        times dropout's scale at the end
+    ds^T = p^T (dropout(v dout^T) - delta) slope
     dk  += ds^T q                                   times scale at the end
     dq  += ds k                                     times scale at the end; only with REDUCE
 
@@ -34,6 +34,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anyflash.kernels.gluon.dropout import dropped
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
     barrier_wait,
@@ -61,7 +62,7 @@ def probabilities(
     In a tile that is not at an edge every pair is one.
     """
     batch, head, q_len, k_len = at
-    scale, unit = numbers
+    scale, unit = numbers[0], numbers[1]
     position = row + (k_len - q_len)
     slope = 1.0
     if not IDENTITY:
@@ -124,11 +125,18 @@ def run_of_rows(
         p, slope = probabilities(
             s, m, log_sum, row, key, edge, at, tables, numbers, SCORE, SLOPE, ALLOWED, C.identity, C.masked
         )
+        if C.dropout:
+            p = dropped(p, tile * BLOCK_M, first_k + ME * 64, at, numbers[2], True, True)
         p = pin(p)
         # Its phase has ended; the basic block ends here, and with it what ptxas may move.
         barrier_wait(dout_full.index(stage), phase)
         dp = wgmma_wait(0, deps=(dp,))
-        dv = wgmma(gl.convert_layout(p.to(q.dtype), P_LAYOUT), dout, dv, is_async=True)
+        weight = p
+        if C.dropout:
+            weight = gl.where(p < 0.0, 0.0, p)
+            dp = gl.where(p > 0.0, dp * numbers[2][3], 0.0)
+            p = gl.abs(p)
+        dv = wgmma(gl.convert_layout(weight.to(q.dtype), P_LAYOUT), dout, dv, is_async=True)
         delta = gl.expand_dims(delta_rows.index(stage).load(ROW), 0)
         ds = (p * (dp - delta) * slope).to(q.dtype)
         if C.reduce:
@@ -197,11 +205,11 @@ def consumer(
     store_sums((dk, dv), arrays, item, layout, numbers, first_k + ME * 64, C, 0, 0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def backward(
     q, k, v, dout, stats, delta, dq, dk, dv, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     dk_steps, dv_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, row_steps, odd_blocks,
-    scale, unit,
+    scale, unit, seed_low, seed_high, threshold, keep_scale,
     SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
     C: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -230,7 +238,7 @@ def backward(
     held, exchange, q_ring, dout_ring = rings(q, dout, stats, delta, C.stages)
     shared = (k_tile, v_tile, held, q_ring, dout_ring, ds_tile, dq_tiles, exchange)
     arrays = (q, k, v, dout, stats, delta, dq, dk, dv, odd)
-    numbers = (scale, unit)
+    numbers = (scale, unit, (seed_low, seed_high, threshold, keep_scale))
     gl.warp_specialize([
         (consumer, (shared, arrays, item, layout, tables, numbers, C, 0, SCORE, SLOPE, ALLOWED, TILE_CLASS)),
         (consumer, (shared, arrays, item, layout, tables, numbers, C, 1, SCORE, SLOPE, ALLOWED, TILE_CLASS)),

@@ -1,7 +1,7 @@
 """dQ on Hopper, always the same bits: a block of rows stays, keys move past it.
 
     p   = exp2((q k^T - m) unit - log2 l)
-    ds  = p (dout v^T - delta) slope
+    ds  = p (dropout(dout v^T) - delta) slope
     dq += ds k                                      times scale at the end
 
 What the REDUCE form of backward.py saves, at the price of dq's order. A program owns 128 rows of one head,
@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anyflash.kernels.gluon.backward import probabilities
+from anyflash.kernels.gluon.dropout import dropped
 from anyflash.kernels.gluon.forward import first_run
 from anyflash.kernels.gluon.hopper import (
     barrier_expect,
@@ -109,11 +110,16 @@ def run_of_keys(
         p, slope = probabilities(
             s, m, log_sum, row, key, edge, at, tables, numbers, SCORE, SLOPE, ALLOWED, C.identity, C.masked
         )
+        if C.dropout:
+            p = dropped(p, first_row, (high - j) * BLOCK_N, at, numbers[2], False, True)
         p = pin(p)
         # Its phase has ended; the basic block ends here, and with it what ptxas may move.
         await_full(v_ring, n, STAGES)
         dp = wgmma_wait(0, deps=(dp,))
         release(v_ring, n, STAGES)
+        if C.dropout:
+            dp = gl.where(p > 0.0, dp * numbers[2][3], 0.0)
+            p = gl.abs(p)
         ds = (p * (dp - delta) * slope).to(q.dtype)
         dq = wgmma(gl.convert_layout(ds, DS_LAYOUT), k, dq, is_async=True)
         dq = wgmma_wait(0, deps=(dq,))
@@ -163,11 +169,11 @@ def consumer(
     store_rows(dq_base, dq * numbers[0], first_row, q_len, dq_step, C.dim)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def backward_dq(
     q, k, v, dout, stats, delta, dq, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     dq_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, row_steps, odd_blocks,
-    scale, unit,
+    scale, unit, seed_low, seed_high, threshold, keep_scale,
     SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
     C: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -206,7 +212,7 @@ def backward_dq(
     shared = (q_tiles, dout_tiles, held, k_ring, v_ring)
     arrays = (q, k, v, dout, stats + place, delta + delta_place, dq, odd)
     layout = (row_steps[2], dq_steps[1])
-    numbers = (scale, unit)
+    numbers = (scale, unit, (seed_low, seed_high, threshold, keep_scale))
     gl.warp_specialize([
         (consumer, (shared, arrays, item, layout, tables, numbers, C, 0, SCORE, SLOPE, ALLOWED, TILE_CLASS)),
         (consumer, (shared, arrays, item, layout, tables, numbers, C, 1, SCORE, SLOPE, ALLOWED, TILE_CLASS)),

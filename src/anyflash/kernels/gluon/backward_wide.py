@@ -1,8 +1,8 @@
 """dK and dV of head dims above 128 on Hopper: backward.py's sums, with the columns shared out.
 
     p^T  = exp2((k q^T - m) unit - log2 l)
-    dv  += p^T dout
-    ds^T = p^T (v dout^T - delta) slope
+    dv  += dropout(p^T) dout                        times dropout's scale at the end
+    ds^T = p^T (dropout(v dout^T) - delta) slope
     dk  += ds^T q                                   times scale at the end
 
 A thread has no registers for 64 keys' dk and dv of 256 columns, twice 128 words. So a program owns BLOCK_N =
@@ -26,6 +26,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anyflash.kernels.gluon.backward import probabilities
+from anyflash.kernels.gluon.dropout import dropped
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
     barrier_wait,
@@ -86,10 +87,15 @@ def run_of_rows(
         p, slope = probabilities(
             s, m, log_sum, row, key, edge, at, tables, numbers, SCORE, SLOPE, ALLOWED, C.identity, C.masked
         )
+        if C.dropout:
+            p = dropped(p, tile * BLOCK_M + MINE, first_k, at, numbers[2], True, True)
         p = pin(p)
         # The other has read the tile before this. The basic block ends here, and with it what ptxas may move.
         barrier_wait(exchange.index(1), (n & 1) ^ 1)
-        p_mine = p.to(q.dtype)
+        weight = p
+        if C.dropout:
+            weight = gl.where(p < 0.0, 0.0, p)
+        p_mine = weight.to(q.dtype)
         p_tiles.index(ME).store(p_mine)
         dp = wgmma_wait(0, deps=(dp,))
         columns = q.slice(ME * HALF, HALF, dim=1)
@@ -97,6 +103,9 @@ def run_of_rows(
         mine = columns_v.slice(MINE, ROWS)
         dv = wgmma(gl.convert_layout(p_mine, P_LAYOUT), mine, dv, is_async=True)
         delta = gl.expand_dims(delta_rows.index(stage).slice(MINE, ROWS).load(ROW), 0)
+        if C.dropout:
+            dp = gl.where(p > 0.0, dp * numbers[2][3], 0.0)
+            p = gl.abs(p)
         ds = (p * (dp - delta) * slope).to(q.dtype)
         ds_tiles.index(ME).store(ds)
         fence()
@@ -151,11 +160,11 @@ def consumer(
     store_sums((dk, dv), arrays, item, layout, numbers, first_k, C, ME * HALF, ME * HALF_V)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def backward_wide(
     q, k, v, dout, stats, delta, dq, dk, dv, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
     dk_steps, dv_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, row_steps, odd_blocks,
-    scale, unit,
+    scale, unit, seed_low, seed_high, threshold, keep_scale,
     SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
     C: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -175,7 +184,7 @@ def backward_wide(
     held, exchange, q_ring, dout_ring = rings(q, dout, stats, delta, C.stages)
     shared = (k_tile, v_tile, held, q_ring, dout_ring, ds_tiles, p_tiles, exchange)
     arrays = (q, k, v, dout, stats, delta, dq, dk, dv, odd)
-    numbers = (scale, unit)
+    numbers = (scale, unit, (seed_low, seed_high, threshold, keep_scale))
     gl.warp_specialize([
         (consumer, (shared, arrays, item, layout, tables, numbers, C, 0, SCORE, SLOPE, ALLOWED, TILE_CLASS)),
         (consumer, (shared, arrays, item, layout, tables, numbers, C, 1, SCORE, SLOPE, ALLOWED, TILE_CLASS)),

@@ -2,7 +2,7 @@
 
     s   = program(scale q . k)      without a program s stays q . k, and `unit` has the scale
     p   = softmax of s over keys    online, see softmax.py
-    out = p . v / l
+    out = p . v / l                 of p with dropout: what is dropped is in l, and the rest is scaled in out
 
 A work item is BLOCK_M = 64 * CONSUMERS rows of one head. The producer loads its q, one tile of 64 rows for
 each consumer, and then k and v tile by tile, from the last keys to the first. A consumer has 64 rows. For
@@ -27,6 +27,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anyflash.kernels.gluon.dropout import dropped
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
     barrier_init,
@@ -122,7 +123,7 @@ def under_product(
     S_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Tile `tile`, use n of the rings: its scores and softmax, and the product of the tile before it."""
-    scale, unit = numbers
+    scale, unit, dropout = numbers
     CONSUMERS: gl.constexpr = C.consumers
     STAGES: gl.constexpr = C.stages
     TURNS: gl.constexpr = C.turns
@@ -140,6 +141,8 @@ def under_product(
         64, BLOCK_N, S_LAYOUT,
     )  # fmt: skip
     weights, state, shrink = step(s, state, unit)
+    if C.dropout:
+        weights = dropped(weights, first_row, tile * BLOCK_N, at, dropout, False, False)
     weights = pin(weights)
     # Its phase has ended; the basic block ends here, and with it what ptxas may move.
     await_full(v_ring, n - 1, STAGES)
@@ -162,7 +165,7 @@ def consumer(
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     BLOCK_N: gl.constexpr = k_ring[0][0].shape[-2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    scale, unit = numbers
+    scale, unit, dropout = numbers
     item = gl.program_id(0)
     # Items taken, items that had keys, uses of the rings.
     taken, started, n = item * 0, item * 0, item * 0
@@ -187,6 +190,8 @@ def consumer(
                     True, False, 64, BLOCK_N, S_LAYOUT,
                 )  # fmt: skip
                 weights, state, shrink = step(s, state, unit)
+                if C.dropout:
+                    weights = dropped(weights, first_row, high * BLOCK_N, at, dropout, False, False)
                 p = operand(weights.to(q_tiles[0].dtype), acc)
                 n += 1
                 started += 1
@@ -220,7 +225,9 @@ def consumer(
                 release(v_ring, n - 1, STAGES)
             if C.own_out:
                 barrier_arrive(q_empty.index(ME), count=1)
-            finish(acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles, C, ME)
+            finish(
+                acc, state, at, q_start, first_row, arrays, grid, (scale, unit), out_tiles, C, ME, dropout[3]
+            )
             if not C.own_out:
                 tma_store_wait(0)
                 barrier_arrive(q_empty.index(ME), count=1)
@@ -231,7 +238,7 @@ def consumer(
 
 _NUMBERS = [
     "plane_rows", "odd_blocks", "blocks", "heads", "planes", "section", "entries", "group",
-    "seqlen_q", "seqlen_k",
+    "seqlen_q", "seqlen_k", "seed_low", "seed_high", "threshold",
 ]  # fmt: skip
 
 
@@ -240,7 +247,7 @@ def forward(
     q, k, v, out, q_rest, k_rest, v_rest, out_rest,
     lse, stats, odd, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, cache, tables,
     plane_rows, odd_blocks, blocks, heads, planes, section, entries, group,
-    seqlen_q, seqlen_k, scale, unit,
+    seqlen_q, seqlen_k, scale, unit, seed_low, seed_high, threshold, keep_scale,
     SCORE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
     C: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -251,7 +258,7 @@ def forward(
     With C.chunk keys lie in a `cache`, and k and v are boxes of its chunks and panels (pages.py).
     lse is contiguous, (planes, plane_rows), and stats (2, planes, plane_rows). C.guard: `odd` (planes,
     odd_blocks) has a number for each 64 rows, as the careful launch of kernels/triton/forward.py reads it
-    with blocks of 64: whether sums came out infinite or NaN.
+    with blocks of 64: whether sums came out infinite or NaN. The last four numbers are dropout.py's.
     """
     CONSUMERS: gl.constexpr = C.consumers
     STAGES: gl.constexpr = C.stages
@@ -279,7 +286,7 @@ def forward(
     arrays = (q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks)
     grid = (blocks, heads, planes, section, entries, group)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, cache)
-    numbers = (scale, unit)
+    numbers = (scale, unit, (seed_low, seed_high, threshold, keep_scale))
     # Functions are handed over in place: they cannot be kept in a tuple.
     if CONSUMERS == 2:
         gl.warp_specialize([

@@ -26,6 +26,7 @@ Kernels of this folder use these names and no other way to the hardware; an emul
     four_e4m3(a, b, c, d)            words of four 8-bit floats, a in the lowest byte, of float32
     byte_planes(low, high)           bytes of 16-bit integers, see there
     seen_as(buffer, DTYPE, SHAPE, LAYOUT)    the same bytes of shared memory, as other elements
+    here(number)                     a scalar again, int32: what follows from it is not computed before
 
     TensorDescriptor                 a descriptor made on the host
     shared_layout(block, dtype)      the layout of a tile that TMA and wgmma share
@@ -61,6 +62,7 @@ __all__ = [
     "byte_planes",
     "fence",
     "four_e4m3",
+    "here",
     "meet",
     "named_arrive",
     "named_wait",
@@ -141,6 +143,13 @@ def _each_thread():
     threads: gl.constexpr = 32 * gl.num_warps()
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.zeros([threads], gl.int32, layout=layout)
+
+
+@gluon.jit
+def here(number):
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
 
 
 @gluon.jit

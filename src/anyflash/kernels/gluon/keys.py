@@ -133,6 +133,8 @@ def store_sums(sums, arrays, item, layout, numbers, first, C: gl.constexpr, COLU
         entry = k_start.to(gl.int64)
     dk_base += entry * dk_steps[0] + wide_head * dk_steps[2] + COLUMN
     dv_base += entry * dv_steps[0] + wide_head * dv_steps[2] + COLUMN_V
+    if C.dropout:
+        dv *= numbers[2][3]
     store_rows(dk_base, dk * numbers[0], first, k_len, dk_steps[1], C.dim - COLUMN)
     store_rows(dv_base, dv, first, k_len, dv_steps[1], C.dim_v - COLUMN_V)
 

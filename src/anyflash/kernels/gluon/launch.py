@@ -34,6 +34,7 @@ NAMES = {"float8_e4m3fn": "float8e4nv", "float8_e5m2": "float8e5"}
 _PANEL_BYTES = 128
 # Where an axis has one place, its step is none; TMA wants a valid one.
 _STEP_BYTES = 16
+_WORD = 2**32 - 1
 
 
 def unfit(problem: Problem, operands: Operands, results: Results) -> str | None:
@@ -117,6 +118,7 @@ def start(call: portable.Call, results: Results, cached: Cached | None = None) -
         *extents,
         float(problem.scale),
         call.unit,
+        *dropout_numbers(call),
         SCORE=found.final_score,
         ALLOWED=found.allowed,
         TILE_CLASS=found.tile_class,
@@ -138,15 +140,27 @@ def start(call: portable.Call, results: Results, cached: Cached | None = None) -
             own_out=tiles.own_out,
             consumer_registers=tiles.consumer_registers,
             producer_registers=tiles.producer_registers,
+            dropout=program.dropout_p > 0,
         ),
         num_warps=4,
     )
     return odd, odd_blocks
 
 
+def dropout_numbers(call: portable.Call) -> tuple[Any, ...]:
+    """What dropout.py calls `dropout`; None where nothing is dropped."""
+    if not call.problem.program.dropout_p:
+        return (None,) * 4
+    *_, seed, drop, keep_scale = call.numbers()
+    # No word is above the greatest; where all are to be dropped the scale is 0.
+    words = seed & _WORD, seed >> 32 & _WORD, min(drop, _WORD)
+    return (*(word - (word >> 31 << 32) for word in words), keep_scale)
+
+
 def forward_tiles(problem: Problem) -> schedule.Tiles:
-    masked, scored = problem.program.mask is not None, problem.program.score is not None
-    return schedule.forward_tiles(problem.head_dim, problem.head_dim_v, masked, scored)
+    program = problem.program
+    masked, scored, dropped = program.mask is not None, program.score is not None, program.dropout_p > 0
+    return schedule.forward_tiles(problem.head_dim, problem.head_dim_v, masked, scored, dropped)
 
 
 def boxes(

@@ -71,7 +71,9 @@ class _Products:
         dtypes = tuple(spec.dtype for spec in problem.tables)
         self.found: Functions = functions(program.score, program.mask, dtypes, "gluon")
         self.dims = problem.head_dim, problem.head_dim_v
-        self.reduce = not program.deterministic and not tables.wide(*self.dims)
+        self.dropped = program.dropout_p > 0
+        self.wide = tables.wide(*self.dims, self.dropped)
+        self.reduce = not program.deterministic and not self.wide
         self.guard = call.hides
         _, *lengths, self.tables = call.shared_arrays()
         self.lengths = lengths
@@ -95,14 +97,14 @@ class _Products:
 
     def _keys(self, sums: Any) -> tuple[PortableTiles, Any] | None:
         call, grads, problem = self.call, self.grads, self.call.problem
-        tiles = tables.keys_tiles(*self.dims)
-        width, width_v = (tables.keys_width(*self.dims, dim) for dim in self.dims)
+        tiles = tables.keys_tiles(*self.dims, self.dropped)
+        width, width_v = (tables.keys_width(*self.dims, dim, self.dropped) for dim in self.dims)
         blocks, entries = call.key_blocks(tiles.held)
         odd_blocks, odd = self._flags(*call.key_blocks(schedule.ROWS), problem.heads_kv)
         q, k, v, dout = self.moved
         stats = self.saved.stats
         launch.launch(
-            wide_kernel.backward_wide if tables.wide(*self.dims) else keys_kernel.backward,
+            wide_kernel.backward_wide if self.wide else keys_kernel.backward,
             blocks * problem.heads_kv * entries,
             launch.rows(q, tiles.moving, width),
             launch.rows(k, tiles.held, width),
@@ -132,7 +134,7 @@ class _Products:
 
     def _rows(self) -> tuple[PortableTiles, Any] | None:
         call, grads, problem = self.call, self.grads, self.call.problem
-        tiles = tables.rows_tiles(*self.dims, call.hides)
+        tiles = tables.rows_tiles(*self.dims, call.hides or self.dropped)
         blocks, entries = call.row_blocks(tables.HELD)
         odd_blocks, odd = self._flags(*call.row_blocks(schedule.ROWS), problem.heads_q)
         q, k, v, dout = self.moved
@@ -193,7 +195,7 @@ class _Products:
         return blocks, odd
 
     def _numbers(self, odd_blocks: int) -> tuple[Any, ...]:
-        """heads, group, extents, steps of rows, odd_blocks, scale, unit."""
+        """heads, group, extents, steps of rows, odd_blocks, scale, unit, dropout's."""
         problem = self.call.problem
         return (
             problem.heads_q,
@@ -203,6 +205,7 @@ class _Products:
             odd_blocks,
             float(problem.scale),
             self.call.unit,
+            *launch.dropout_numbers(self.call),
         )
 
     def _form(self, tiles: tables.BackwardTiles, reduce: bool) -> tables.BackwardForm:
@@ -214,6 +217,7 @@ class _Products:
             guard=self.guard,
             packed=problem.packed_q,
             used=problem.seqused_k,
+            dropout=self.dropped,
             reduce=reduce,
             dim=problem.head_dim,
             dim_v=problem.head_dim_v,

@@ -57,6 +57,7 @@ class Form:
     packed      sequences are packed; used: not all of their keys are there
     chunk       keys of a cache that are loaded as one (pages.py), 0: there is no cache
     page        slots of its pages, 0: a sequence has one; padded: keys do not begin at the first slot
+    dropout     some probabilities are dropped
     """
 
     identity: bool
@@ -76,6 +77,7 @@ class Form:
     page: int = 0
     padded: bool = False
     block_n: int = 0
+    dropout: bool = False
 
 
 # By (DIM, DIM_V), each the sum of its pieces. tests/gpu/budgets_hopper.json has what the stack is used for.
@@ -125,9 +127,13 @@ def split(dim: int) -> tuple[int, int]:
     return next(pieces for pieces in _PIECES if dim <= sum(pieces))
 
 
-def forward_tiles(dim: int, dim_v: int, masked: bool, scored: bool) -> Tiles:
-    """The configuration for head dims of at most GREATEST_DIM, a mask and a score program."""
+def forward_tiles(dim: int, dim_v: int, masked: bool, scored: bool, dropped: bool = False) -> Tiles:
+    """The configuration for head dims of at most GREATEST_DIM, a mask, a score program and dropout."""
     width = sum(split(dim)), sum(split(dim_v))
+    if dropped:
+        # Its numbers need the registers of half of the scores.
+        usual = _FORWARD[width]
+        return Tiles(usual.block_n // 2, usual.stages + 1, 2, 240, 32, usual.turns, usual.own_out)
     special = _SCORED if scored else {} if masked else _PLAIN
     return special.get(width, _FORWARD[width])
 

@@ -39,6 +39,7 @@ class BackwardForm:
     masked      there is a mask; wide: the class of several tiles together may be asked for
     guard       blocks whose sums are infinite or NaN are reported
     packed      sequences are packed; used: not all of their keys are there
+    dropout     some probabilities are dropped
     reduce      dq is added up by TMA, in no fixed order
     dim, dim_v  columns of the arrays, at most those of a tile
     """
@@ -49,6 +50,7 @@ class BackwardForm:
     guard: bool
     packed: bool
     used: bool
+    dropout: bool
     reduce: bool
     dim: int
     dim_v: int
@@ -57,35 +59,35 @@ class BackwardForm:
     producer_registers: int
 
 
-def wide(dim: int, dim_v: int) -> bool:
-    """Are dk and dv backward_wide.py's?"""
-    return max(dim, dim_v) > GREATEST_DIM
+def wide(dim: int, dim_v: int, dropped: bool = False) -> bool:
+    """Are dk and dv backward_wide.py's? With dropout, which takes registers too, they are sooner."""
+    return max(dim, dim_v) > (GREATEST_DIM // 2 if dropped else GREATEST_DIM)
 
 
-def keys_width(dim: int, dim_v: int, of: int) -> int:
+def keys_width(dim: int, dim_v: int, of: int, dropped: bool = False) -> int:
     """The columns of tiles of one of the two head dims, in the kernel that keeps keys."""
-    return max(padded(of), 128) if wide(dim, dim_v) else padded(of)
+    return max(padded(of), 128) if wide(dim, dim_v, dropped) else padded(of)
 
 
-def keys_tiles(dim: int, dim_v: int) -> BackwardTiles:
+def keys_tiles(dim: int, dim_v: int, dropped: bool = False) -> BackwardTiles:
     """The configuration of backward.py, or of backward_wide.py."""
-    return BackwardTiles(64, 2, held=_HELD_WIDE if wide(dim, dim_v) else HELD)
+    return BackwardTiles(64, 2, held=_HELD_WIDE if wide(dim, dim_v, dropped) else HELD)
 
 
-def rows_tiles(dim: int, dim_v: int, hides: bool) -> BackwardTiles:
-    """The configuration of backward_dq.py; `hides`: a mask or a score program takes registers, too."""
+def rows_tiles(dim: int, dim_v: int, more: bool) -> BackwardTiles:
+    """The configuration of backward_dq.py; `more`: a mask, a score program or dropout takes registers."""
     if wide(dim, dim_v):
         return BackwardTiles(32, 2)
-    return BackwardTiles(64 if hides else 128, 2)
+    return BackwardTiles(64 if more else 128, 2)
 
 
-def keys_shared_bytes(tiles: BackwardTiles, dim: int, dim_v: int, reduce: bool) -> int:
+def keys_shared_bytes(tiles: BackwardTiles, dim: int, dim_v: int, reduce: bool, dropped: bool = False) -> int:
     """Bytes of shared memory of backward.py or backward_wide.py, barriers in 16 bytes each."""
-    width, width_v = keys_width(dim, dim_v, dim), keys_width(dim, dim_v, dim_v)
+    width, width_v = (keys_width(dim, dim_v, of, dropped) for of in (dim, dim_v))
     held = 2 * tiles.held * (width + width_v)
     moving = tiles.stages * tiles.moving * (2 * (width + width_v) + 3 * 4)
     added = tiles.moving * (2 * HELD + 4 * width) if reduce else 0
-    if wide(dim, dim_v):
+    if wide(dim, dim_v, dropped):
         added = 2 * 2 * tiles.held * tiles.moving
     return held + moving + added + 16 * (3 + 4 * tiles.stages)
 
