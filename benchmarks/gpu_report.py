@@ -160,7 +160,7 @@ def parts(place: Place, clock: Clock, found: Found, keep: Callable[[str, str, An
         "hopper": lambda: correctness.correctness(place, clock, "hopper", into("hopper"), "hopper"),
         "caches": lambda: decode.correctness(place, clock, "caches", into("caches"), ours),
         "graphs": lambda: decode.graphs(place, into("graphs"), ours),
-        "eight bits": lambda: eight.eight(place, into("eight bits")),
+        "eight bits": lambda: eight.eight(place, into("eight bits"), ours),
         "grid": lambda: grid.grid(place, clock, "grid", into("grid"), ours),
         "decode": lambda: decode.speed(place, clock, "decode", into("decode"), ours, copy()),
         "sweep": lambda: grid.sweep(place, clock, "sweep", into("sweep")),

@@ -26,6 +26,8 @@ from gpureport.place import Clock, Place
 # which the emulator runs.
 PARTS = ("ceilings", "triton", "caches", "graphs", "eight bits", "grid", "decode", "checkers", "ptxas")
 
+HOPPER_PARTS = "hopper,caches,graphs,eight bits,grid,decode,sweep,contract"
+
 
 def run(out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, dict[str, Any]]:
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(out), "--dry", *arguments])
@@ -52,9 +54,9 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hopper_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = emulated.install(monkeypatch)
     monkeypatch.setattr(gpu_report, "present", lambda: ("hopper",))
-    status, found = run(tmp_path, monkeypatch, "--parts", "hopper,caches,graphs,grid,decode,sweep,contract")
+    status, found = run(tmp_path, monkeypatch, "--parts", HOPPER_PARTS)
     assert status == 0, "\n".join(found["errors"].values())
-    for part in ("hopper", "caches", "graphs"):
+    for part in ("hopper", "caches", "graphs", "eight bits"):
         assert all(case["right"] for case in found[part].values()), (part, found[part])
     speed = [cell["milliseconds"] for cell in found["grid"].values()]
     assert all(one["backward"].keys() == {"hopper", "hopper, any order", "math"} for one in speed), found[
@@ -63,7 +65,7 @@ def test_hopper_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["contract"]["cases on hopper"]["ran"] == 2 and len(found["contract"]) == 1
     assert len(found["sweep"]) > 2
     assert all("TFLOP/s" in variant for variant in found["sweep"].values()), found["sweep"]
-    assert {"forward", "backward", "backward_dq", "decode"} <= set(launched)
+    assert {"forward", "forward_fp8", "backward", "backward_dq", "decode"} <= set(launched)
 
 
 def test_one_cell_by_another_compiler(
