@@ -215,6 +215,30 @@ def test_nan_in_what_a_row_does_not_see(rows: str, monkeypatch: pytest.MonkeyPat
     assert repaired == ([[0, 0], [1, 0]] if rows == "few" else [[0, 0, 0, 0], [1, 1, 0, 0]])
 
 
+@pytest.mark.parametrize("wrong", [10**8, -5])
+def test_integers_that_are_wrong(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length and pages outside the cache, which nobody has looked at: nothing outside it is read, and other
+    sequences are right."""
+    emulated.install(monkeypatch, resident=2)
+    one = case("wrong", Packed((1, 1, 1), (150, 70, 33)), 2, dtype="float16")
+    values, _ = known(one)
+    right, _ = lay_out(one, values, FORMS["pages_of_16"]).run("hopper")
+    own = BACKEND.forward
+
+    def forward(problem: Any, config: str, operands: Any, results: Any) -> None:
+        used, table = (emulated.memory(view) for view in (operands.seqused_k, operands.block_table))
+        used[1] = wrong
+        table.view(3, -1)[1, ::2] = 10**9
+        table.view(3, -1)[1, 1::2] = -(10**9)
+        own(problem, config, operands, results)
+
+    monkeypatch.setattr(BACKEND, "forward", forward)
+    found, _ = lay_out(one, values, FORMS["pages_of_16"]).run("hopper")
+    for sequence in (0, 2):
+        np.testing.assert_array_equal(found[sequence], right[sequence])
+    assert (found[1] == 0).all() == (wrong < 0)
+
+
 def test_what_tma_cannot_move(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     launched = emulated.install(monkeypatch)
     one = case("unfit", Packed((1,), (40,)), 2, 1, dims=(65, 65), dtype="float16")

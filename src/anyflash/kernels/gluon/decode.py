@@ -9,9 +9,9 @@ segments are added up, is as there: segments.py; nothing depends on the batch, t
 
 The producer loads k and v tile by tile, from any cache that pages.py knows: rows behind the last key are 0.
 Consumers load their rows of q by pointers, as these are scattered over heads, and put them where wgmma reads
-them, once. Then for each tile s = q . k, softmax, acc += p . v, one behind the other: a tile's products and
-exponentials should take less than half of the time that its bytes do, so nothing is gained by letting them
-overlap; other stages are under way meanwhile.
+them, once. Then for each tile s = q . k, softmax, acc += p . v, one behind the other: counted at the rates of
+an H200's units, products and exponentials of 64 rows take less than half of the time that the tile's bytes
+do, so no overlap of theirs is sought; other stages are under way meanwhile.
 
     layout      s (64, BLOCK_N) and acc (64, DIM_V): wgmma's; p its operand in registers
     registers   schedule_decode.py
