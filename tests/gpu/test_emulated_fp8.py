@@ -33,7 +33,7 @@ from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
 from anyflash.kernels.gluon import schedule_fp8
 from anyflash.kernels.gluon.transpose import turn, turned_layout
 from gpu import emulated
-from gpu.emulator import emulate
+from gpu.emulator import emulate, wgmma
 
 LENGTHS = Packed((70, 0, 200, 3), (70, 33, 150, 0))
 SPARE = Packed((130, 40), (260, 70), used_k=(190, 0), slack_q=9, slack_k=33)
@@ -112,6 +112,23 @@ def test_nan_in_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     clean = af.attention(q, k, v, backend="triton", **call)
     k[0, 5] = v[0, 5] = np.nan
     assert af.attention(q, k, v, backend="hopper", **call).tobytes() == clean.tobytes()
+
+
+def test_sums_of_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor cores keep about 14 bits of a sum. What that cuts off is of one tile, however many there are."""
+    emulated.install(monkeypatch)
+    monkeypatch.setattr(wgmma, "SUM_BITS", 14)
+    tile, keys = schedule_fp8.forward_tiles(64, 64).block_n, 3072
+    q = np.zeros((1, 130, 1, 64), ml_dtypes.float8_e4m3fn)
+    v = np.exp2(np.random.default_rng(0).uniform(-5, 1, (1, keys, 1, 64))).astype(ml_dtypes.float8_e4m3fn)
+    out = af.attention(q, v, v, backend="hopper").astype(np.float64)
+    values = torch.from_numpy(v[0, :, 0].astype(np.float64))
+    wanted = values.mean(0).numpy()
+    # Each of 32 products and the sum before them loses less than a unit of the last bit of the greatest.
+    lost = tile / 32 * 33 * 2.0**-13 + float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2
+    in_one = wgmma.summed(torch.full((1, keys), 256.0, dtype=torch.float64), values, 0.0, 14)
+    assert np.abs(out / wanted - 1).max() <= lost
+    assert np.abs(in_one.numpy() / (256 * keys) / wanted - 1).max() > lost
 
 
 @pytest.mark.parametrize(("keys", "dim"), [(128, 128), (128, 64), (64, 128), (64, 64)])

@@ -3,6 +3,11 @@
 A product reads shared memory, and registers, at some time from its issue to its wait; both ends are tried.
 Until then nobody may write what it reads, and its accumulator is a token that only another product, or the
 wait, may take. Sums are formed in float64 and rounded once to float32.
+
+The hardware keeps fewer bits of a sum of 8-bit products: terms are cut off at so many bits below the greatest
+of them, 32 products and the sum so far at a time. That is modelled where SUM_BITS says so (about 14, as users
+of H800 found: DeepSeek-V3, arXiv 2412.19437, 3.3.2); otherwise results are those of float64, which cases are
+judged by.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from gpu.emulator.source import where
 from gpu.emulator.tensor import Tensor
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SUM_BITS: int | None = None
 _NARROW = (torch.float16, torch.bfloat16, *_FP8)
 
 
@@ -65,10 +71,24 @@ class _Product:
         if self.token.result is not None:
             return
         a, b, acc, use_acc = self._operands
-        result = a.data.to(torch.float64) @ b.data.to(torch.float64)
-        if use_acc:
-            result += acc.result if isinstance(acc, Accumulator) else acc.data
+        before = (acc.result if isinstance(acc, Accumulator) else acc.data) if use_acc else 0.0
+        left, right = (x.data.to(torch.float64) for x in (a, b))
+        if SUM_BITS is None or a.data.dtype not in _FP8:
+            result = left @ right + before
+        else:
+            result = summed(left, right, before, SUM_BITS)
         self.token.result = result.to(torch.float32)
+
+
+def summed(a: torch.Tensor, b: torch.Tensor, before: Any, bits: int) -> torch.Tensor:
+    """before + a . b in float64, of which each step of 32 terms keeps `bits` bits."""
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64) + before
+    for first in range(0, a.shape[1], 32):
+        step = slice(first, first + 32)
+        terms = torch.cat((total[:, None], a[:, step, None] * b[None, step]), 1)
+        unit = torch.exp2(torch.frexp(terms.abs().amax(1, True)).exponent - bits)
+        total = ((terms / unit).trunc() * unit).sum(1)
+    return total
 
 
 def _check_layouts(a: Any, b: SharedMemory, acc: Any) -> None:
