@@ -131,6 +131,18 @@ def test_sums_of_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(in_one.numpy() / (256 * keys) / wanted - 1).max() > lost
 
 
+@pytest.mark.parametrize("case", cases()[:2], ids=lambda case: case.id)
+def test_contract_with_sums_of_few_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lse shows what tensor cores cut off, and may."""
+    emulated.install(monkeypatch)
+    monkeypatch.setattr(wgmma, "SUM_BITS", 14)
+    refused = run.run(case, "hopper", directions=("forward",))
+    assert refused.failures and all("lse" in said for said in refused.failures)
+    monkeypatch.setattr(run, "sum_bits", lambda backend: 14)
+    report = run.run(case, "hopper", directions=("forward",))
+    assert not report.failures, "\n".join(report.failures)
+
+
 @pytest.mark.parametrize(("keys", "dim"), [(128, 128), (128, 64), (64, 128), (64, 64)])
 def test_turned(keys: int, dim: int) -> None:
     """Every byte of v comes to its column's row, at the place of its key."""

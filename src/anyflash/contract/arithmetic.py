@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,7 +27,8 @@ class Arithmetic:
     exponentiate in base 2 and go backward as a flash attention does, from the output and the logarithm of the
     sum. All are the same attention, rounded differently.
 
-    `weights` is the type in which 8-bit floats take their probabilities, if that is not `rounds_to`.
+    `weights` is the type in which 8-bit floats take their probabilities, if that is not `rounds_to`. `bits`:
+    so many are kept of a sum of 8-bit products, 32 of them at a time.
     """
 
     work: np.dtype
@@ -35,6 +36,7 @@ class Arithmetic:
     order: int = 0
     tf32: bool = False
     weights: np.dtype | None = None
+    bits: int | None = None
 
     def weighed(self, e: np.ndarray) -> np.ndarray:
         """exp(s - max s) as the second product takes it: `weights` holds it times 2 ** 8."""
@@ -80,12 +82,30 @@ class Arithmetic:
 
     def matmul(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """x @ y: the library's product, or one term after the other."""
+        if self.bits is not None:
+            return self._few_bits(x, y, self.bits)
         x, y = self.factor(x), self.factor(y)
         if not self.odd:
             return x @ y
         total = np.zeros((*x.shape[:-1], y.shape[-1]), self.work)
         for i in range(x.shape[-1]):
             total += x[..., i, None] * y[..., None, i, :]
+        return total
+
+    def _few_bits(self, x: np.ndarray, y: np.ndarray, bits: int) -> np.ndarray:
+        """x @ y as tensor cores sum it: what lies so far below the greatest of 32 terms and the sum before
+        them is cut off."""
+        taken = self.shuffle(x.shape[-1])
+        total = np.zeros(
+            (*np.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]), self.work
+        )
+        for first in range(0, len(taken), 32):
+            some = taken[first : first + 32]
+            terms = x[..., some, None] * y[..., None, some, :]
+            terms = np.concatenate((total[..., None, :], terms), -2)
+            _, exponent = np.frexp(np.abs(terms).max(-2, keepdims=True))
+            unit = np.ldexp(self.work.type(1), exponent - bits)
+            total = (np.trunc(terms / unit) * unit).sum(-2)
         return total
 
     def exp(self, x: np.ndarray) -> np.ndarray:
@@ -97,20 +117,24 @@ def exact(dtype: str) -> Arithmetic:
     return Arithmetic(np.dtype(np.longdouble if dtype == "float64" else np.float64))
 
 
-def plain(dtype: str, tf32: bool = False, weights: str | None = None) -> tuple[Arithmetic, ...]:
+def plain(
+    dtype: str, tf32: bool = False, weights: str | None = None, bits: int | None = None
+) -> tuple[Arithmetic, ...]:
     """Plain attention in `dtype`, in several orders of its sums: the worst of them sets what a backend may
     err. `tf32`: of one that multiplies float32 so. That of 8-bit floats is in the type of its results, but
-    for its probabilities if `weights` is given."""
+    for its probabilities if `weights` is given, and for its products if `bits` is."""
     kind, work = numpy_dtype(result(dtype)), numpy_dtype(accumulate(dtype))
     step = None if kind == work else kind
     narrow = numpy_dtype(weights) if weights and dtype in FLOATS8 else None
     tf32 = tf32 and dtype == "float32"
-    return tuple(Arithmetic(work, step, order, tf32, narrow) for order in range(ORDERS))
+    bits = bits if dtype in FLOATS8 else None
+    return tuple(Arithmetic(work, step, order, tf32, narrow, bits) for order in range(ORDERS))
 
 
-def accumulator(dtype: str, tf32: bool = False) -> tuple[Arithmetic, ...]:
+def accumulator(dtype: str, tf32: bool = False, bits: int | None = None) -> tuple[Arithmetic, ...]:
     """Plain attention in the type of the sums, for results kept in that type (lse, gradients of tables)."""
-    return plain(accumulate(dtype), tf32 and dtype == "float32")
+    made = plain(accumulate(dtype), tf32 and dtype == "float32")
+    return tuple(replace(one, bits=bits if dtype in FLOATS8 else None) for one in made)
 
 
 def _tf32(x: np.ndarray, nearest: bool) -> np.ndarray:

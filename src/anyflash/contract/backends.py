@@ -55,6 +55,17 @@ def multiplies_tf32(backend: str, dtype: str) -> bool:
     return float32_products(present(), 1).products == "tf32"
 
 
+def sum_bits(backend: str) -> int | None:
+    """How many bits a backend's sums of 8-bit products keep, None for all: those of tensor cores about 14 (on
+    H800, DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
+    if backend not in ON_GPUS:
+        return None
+    from anyflash.kernels.triton.device import interpreted, present
+    from anyflash.kernels.triton.narrow import multiplies
+
+    return None if interpreted() or not multiplies(present()) else 14
+
+
 @contextmanager
 def poisoned_scratch(backend: str) -> Iterator[None]:
     """While it lasts, the backend's working memory is NaN before each use, where the backend offers that."""

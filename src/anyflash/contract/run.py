@@ -17,6 +17,7 @@ from anyflash.contract.backends import (
     declined,
     multiplies_tf32,
     poisoned_scratch,
+    sum_bits,
     where,
 )
 from anyflash.contract.cases import Case
@@ -62,7 +63,8 @@ def run(
     """
     report = Report(case, backend)
     backward = "backward" in directions and case.differentiable
-    values, truth = known(case, multiplies_tf32(backend, case.dtype), WEIGHTS.get(backend))
+    tf32, bits = multiplies_tf32(backend, case.dtype), sum_bits(backend)
+    values, truth = known(case, tf32, WEIGHTS.get(backend), bits)
     clean = Memory(case, values, None, alter)
     report.declined = declined(backend, clean.problem)
     if report.declined:
@@ -87,10 +89,12 @@ def run(
 
 
 @lru_cache(maxsize=16)
-def known(case: Case, tf32: bool = False, weights: str | None = None) -> tuple[Values, truths.Truth]:
-    """The numbers and the truth of a case. `tf32` and `weights` as for `arithmetic.plain`."""
+def known(
+    case: Case, tf32: bool = False, weights: str | None = None, bits: int | None = None
+) -> tuple[Values, truths.Truth]:
+    """The numbers and the truth of a case. `tf32`, `weights` and `bits` as for `arithmetic.plain`."""
     values = draw(case)
-    return values, truths.find(case, values, tf32=tf32, weights=weights)
+    return values, truths.find(case, values, tf32=tf32, weights=weights, bits=bits)
 
 
 def execute(memory: Memory, backend: str, backward: bool = True) -> dict[str, np.ndarray]:

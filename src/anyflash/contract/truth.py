@@ -44,18 +44,23 @@ def seed(case: Case) -> int:
 
 
 def find(
-    case: Case, values: Values, gradients: bool = True, tf32: bool = False, weights: str | None = None
+    case: Case,
+    values: Values,
+    gradients: bool = True,
+    tf32: bool = False,
+    weights: str | None = None,
+    bits: int | None = None,
 ) -> Truth:
-    """The exact results of a case and those of plain attention, over all its sequences; `tf32` and `weights`
-    as in `plain`."""
+    """The exact results of a case and those of plain attention, over all its sequences; `tf32`, `weights` and
+    `bits` as in `plain`."""
     gradients = gradients and case.differentiable
     truth, answers = _run(case, values, exact(case.dtype), gradients)
     plains: dict[str, list[np.ndarray]] = {name: [] for name in truth}
-    for a in plain(case.dtype, tf32, weights):
+    for a in plain(case.dtype, tf32, weights, bits):
         for name, array in _run(case, values, a, gradients)[0].items():
             if name != "lse":
                 plains[name].append(array)
-    for a in accumulator(case.dtype, tf32):
+    for a in accumulator(case.dtype, tf32, bits):
         for name, array in _run(case, values, a, gradients)[0].items():
             narrow = name in ROUNDED
             plains[name].append(
