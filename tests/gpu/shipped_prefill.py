@@ -24,7 +24,6 @@ BATCH, ROWS, SLOTS = 2, 1024, 4096
 SHIPPED: dict[str, tuple[int, int, dict[str, Any], int, bool]] = {
     "64 causal pages of 16": (64, 64, {"causal": True}, 16, False),
     "128 causal dense": (128, 128, {"causal": True}, 0, False),
-    "128 plain pages of 64": (128, 128, {}, 64, False),
     "128 packed causal pages of 16": (128, 128, {"causal": True}, 16, True),
     "192/128 packed causal pages of 16": (192, 128, {"causal": True}, 16, True),
     "256 causal pages of 256": (256, 256, {"causal": True}, 256, False),

@@ -1,9 +1,16 @@
-"""Gluon's own word on pages.py: chunks and panels lie where wgmma looks for the tile."""
+"""Gluon's own word on pages.py: chunks and panels lie where wgmma looks for the tile; and the forward over a
+cache, compiled for sm_90a, within budgets as test_compiled_hopper.py's.
+
+`python tests/gpu/test_compiled_pages.py` writes the figures of the installed Triton into them.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +20,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 pytest.importorskip("torch")
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
 import triton
 from triton.experimental.gluon import language as gl
@@ -21,8 +30,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from anyflash.kernels.triton import offline
 from gpu import emulated_pages as kernels
 from gpu.emulator.swizzle import places
-from gpu.machine_code import hopper_warnings
+from gpu.machine_code import hopper_warnings, printed
 from gpu.stand import Stand
+from gpu.test_compiled_hopper import KEPT, wrong
+
+BUDGETS = Path(__file__).parent / "budgets_hopper_prefill.json"
+# All configurations with the newer Triton, () for short; one with the older.
+NAMES = {"3.9.0": (), "3.6.0": ("128 packed causal pages of 16",)}
 
 _GLUON = {torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -78,3 +92,28 @@ def test_the_emulator_lays_tiles_out_as_the_compiler(bytes_of_a_row: int, shape:
             if offset >> bit & 1:
                 row, column = row ^ by_row, column ^ by_column
         assert found[row, column] == offset
+
+
+def measured(version: str) -> dict[str, dict[str, Any]]:
+    return printed("shipped_prefill.py", *NAMES[version])
+
+
+@pytest.mark.timeout(2400)
+def test_budgets() -> None:
+    budgets = json.loads(BUDGETS.read_text())
+    if triton.__version__ not in budgets:
+        pytest.skip(f"budgets are kept for triton {', '.join(budgets)}, here is {triton.__version__}")
+    allowed, found = budgets[triton.__version__], measured(triton.__version__)
+    assert found.keys() == allowed.keys()
+    said = [f"{name}: {why}" for name, figures in found.items() for why in wrong(figures, allowed[name])]
+    assert not said, "\n".join(said)
+
+
+if __name__ == "__main__":
+    kept = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    found = measured(triton.__version__)
+    kept[triton.__version__] = {name: {key: f[key] for key in KEPT} for name, f in found.items()}
+    for name, figures in found.items():
+        for why in wrong(figures, figures):
+            sys.stderr.write(f"{name}: {why}\n")
+    BUDGETS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")

@@ -7,6 +7,7 @@ Needs TRITON_INTERPRET=1: sequences of few rows, and what a mask hides, are the 
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import logging
 
+import numpy as np
 import torch
 import triton
 
@@ -26,7 +28,14 @@ from anyflash.contract.cases import Case, Packed
 from anyflash.contract.rules import MASKS, Causal, Dense, Window
 from anyflash.contract.run import assess, known
 from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
-from gpu import emulated
+from anyflash.core.errors import BackendBroken
+from anyflash.kernels.gluon import pages, schedule
+from anyflash.kernels.triton import launch_decode as portable
+from gpu import emulated, test_interpreted_decode
+from gpu.emulator.errors import EmulationError
+from gpu.emulator.mutations import CALLS, mutations, noticed
+from gpu.test_emulated_mutations import functions
+from gpu.test_interpreted_decode import Cached
 from kvcache.laying import Form, lay_out
 
 EVEN = Packed((140, 140), (300, 150))
@@ -106,3 +115,99 @@ def test_contract(
     assert "forward" in launched, caplog.text
     verdicts = assess(case, found, truth, ("forward",))
     assert not [v.complaint for v in verdicts if v.complaint]
+
+
+def test_nan_in_what_a_row_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only blocks of 64 rows that a NaN reached are computed again, by the portable kernel."""
+    emulated.install(monkeypatch)
+    repaired: list[list[int]] = []
+    own = portable.launch
+
+    def noted(call: Any, rows: str, results: Any, odd: Any = None) -> None:
+        repaired.append([int(n != 0) for n in odd[0]])
+        own(call, rows, results, odd)
+
+    monkeypatch.setattr(portable, "launch", noted)
+    lens = Packed((140,), (140,))
+    one = Case("nan", packed=lens, heads=(1, 1), dims=(64, 64), rules=(Causal(),), dtype="float16")
+    values, _ = known(one)
+    clean = lay_out(one, values, PAGES).run("hopper")[0]
+    values.k[133] = values.v[133] = np.nan
+    dirty = lay_out(one, values, PAGES).run("hopper")[0]
+    np.testing.assert_array_equal(dirty[:, :128], clean[:, :128])
+    eps = float(np.finfo(np.float16).eps)
+    assert np.abs(dirty[:, 128:133] - clean[:, 128:133]).max() <= 4 * eps * np.abs(clean).max()
+    assert np.isnan(dirty[:, 133:]).all()
+    # The last rows first: from row 128 on blocks read key 133.
+    assert repaired == [[0, 0, 0], [1, 0, 0]]
+
+
+UNREAD = {
+    "pages": Cached(page_size=64, lens=(200, 0, 177), q_lens=(140,) * 3, heads_kv=1, dim=64, dtype="float16"),
+    "packed": Cached(
+        lens=(200, 90, 40),
+        q_lens=(140, 3, 70),
+        packed=True,
+        heads_kv=1,
+        dim=64,
+        dtype="float16",
+        mask="(le k q)",
+    ),
+}
+
+
+def on_hopper(call: Cached, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+    launched = emulated.install(monkeypatch)
+    monkeypatch.setattr(test_interpreted_decode, "BACKEND", BACKEND)
+    found = call.run()
+    assert "forward" in launched
+    return found
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_integers_that_nobody_has_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = UNREAD[name]
+    (out, lse), (want_out, want_lse) = on_hopper(call, monkeypatch), call.truth(call.mask is not None)
+    eps = float(np.finfo(np.float16).eps)
+    assert np.abs(out - want_out).max() <= 4 * eps * np.abs(want_out).max()
+    np.testing.assert_allclose(lse, want_lse, rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("wrong", ["page", "length"])
+def test_wrong_integers_lead_nowhere(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory around every array is poisoned, and the emulator knows where arrays end."""
+    call = deepcopy(UNREAD["pages"])
+    if wrong == "page":
+        call.table[:, 0] = (-5, 10**6, 2**31 - 1)
+    else:
+        call.used[:] = (10**9, -3, 2**31 - 1)
+    on_hopper(call, monkeypatch)
+
+
+# Few keys in few stages, so that each stage is used several times; a head of two pieces, one of two panels.
+MUTATED = Case("mutated", packed=Packed((129,), (130,)), heads=(1, 1), dims=(192, 64), dtype="float16")
+
+
+def unharmed(seed: int, replaced: Any) -> bool:
+    laid = lay_out(MUTATED, known(MUTATED)[0], PAGES)
+    with pytest.MonkeyPatch.context() as patch:
+        emulated.install(patch, seed, replaced)
+        patch.setattr(schedule, "forward_tiles", lambda *_: schedule.Tiles(32, 2, 2, 240, 32, 1, True))
+        try:
+            found = laid.canonical(*laid.run("hopper"))
+        except BackendBroken as broken:
+            if isinstance(broken.__cause__, EmulationError):
+                raise broken.__cause__ from None
+            raise
+    return not [v.complaint for v in assess(MUTATED, found, known(MUTATED)[1], ("forward",)) if v.complaint]
+
+
+@pytest.mark.skipif(triton.__version__ < "3.9", reason="what is emulated is the same with the newer Triton")
+def test_every_mutation_is_noticed() -> None:
+    assert unharmed(0, None)
+    helpers = dict.fromkeys(("await_empty", "_load_panels", "fill_pieces_from_pages"))
+    # What decoding alone calls is mutated there.
+    ours = [one for one in functions(pages) if one.fn.__name__ != "fill_from_pages"]
+    tried = list(mutations(ours, CALLS | helpers))
+    assert len(tried) > 5
+    assert not [one.name for one in tried if noticed(unharmed, one, range(3)) is None]

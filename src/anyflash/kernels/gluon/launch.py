@@ -75,13 +75,15 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
 
 
 class Cached(NamedTuple):
-    """Where keys lie that are in a cache: what pages.py calls so, keys of a chunk, slots of a page or 0, and
-    whether there is padding in front of them."""
+    """Where keys lie that are in a cache: what pages.py calls so, how many a sequence can have, and fields of
+    schedule.Form."""
 
     cache: tuple[Any, ...]
+    most: int
     chunk: int
     page: int
     padded: bool
+    fewest: int
 
 
 def start(call: portable.Call, results: Results, cached: Cached | None = None) -> tuple[Any, int]:
@@ -95,7 +97,7 @@ def start(call: portable.Call, results: Results, cached: Cached | None = None) -
     odd_blocks, _ = call.row_blocks(schedule.ROWS)
     odd = empty((planes * odd_blocks,), call.device, "int32") if call.hides else None
     sinks, *lengths, tables = call.shared_arrays()
-    extents = call.extents if cached is None else (call.extents[0], problem.seqlen_k)
+    extents = call.extents if cached is None else (call.extents[0], cached.most)
     launch(
         forward_kernels.forward,
         min(blocks * planes, processors(call.device)),
@@ -133,6 +135,7 @@ def start(call: portable.Call, results: Results, cached: Cached | None = None) -
             chunk=0 if cached is None else cached.chunk,
             page=0 if cached is None else cached.page,
             padded=cached is not None and cached.padded,
+            fewest=0 if cached is None else cached.fewest,
             block_n=tiles.block_n,
             consumers=tiles.consumers,
             stages=tiles.stages,

@@ -120,7 +120,7 @@ def _launch(call: portable.Call, rows: Rows, results: Results) -> Any:
         problem.heads_q,
         problem.group,
         problem.seqlen_q,
-        problem.seqlen_k,
+        launch_pages.most_keys(cached, operands),
         problem.total_q,
         below + 1,
         most,

@@ -25,9 +25,11 @@ def many(call: portable.Call, results: Results) -> None:
     problem, operands = call.problem, call.operands
     cached = launch.Cached(
         cache(problem, operands),
+        most_keys(problem, operands),
         chunk(problem, operands, launch.forward_tiles(problem).block_n),
         0 if operands.block_table is None else problem.page_size,
         operands.leftpad_k is not None,
+        ROWS["some"][1],
     )
     odd, odd_blocks = launch.start(call, results, cached)
     if call.hides:
@@ -67,11 +69,21 @@ def unfit(problem: Problem, operands: Operands, block_n: int) -> str | None:
     return None
 
 
+def slots(problem: Problem, operands: Operands) -> int:
+    """Slots of a sequence."""
+    pages = 1 if operands.block_table is None else operands.block_table.shape[1]
+    return pages * problem.page_size
+
+
+def most_keys(problem: Problem, operands: Operands) -> int:
+    """Keys that a sequence has at most."""
+    return min(problem.seqlen_k, slots(problem, operands))
+
+
 def cache(problem: Problem, operands: Operands) -> tuple[Any, ...]:
     """The `cache` of pages.py."""
     table, leftpad = operands.block_table, operands.leftpad_k
     row, entry = (0, 0) if table is None else steps(table)
-    pages = 1 if table is None else table.shape[1]
     return (
         None if table is None else launch.pointer(table),
         row,
@@ -80,6 +92,5 @@ def cache(problem: Problem, operands: Operands) -> tuple[Any, ...]:
         launch.page_step(operands.k),
         launch.page_step(operands.v),
         None if leftpad is None else launch.pointer(neighbours(leftpad)),
-        pages * problem.page_size,
-        ROWS["some"][1] // problem.group,
+        slots(problem, operands),
     )

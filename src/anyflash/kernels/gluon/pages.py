@@ -16,13 +16,11 @@ panels one behind the other, each panel its rows, exchanged in patterns of 8 row
 are, bit for bit, the ring [stage] (BLOCK_N, PANELS * COLUMNS) that consumers multiply from. tests/gpu checks
 this against the compiler's layouts, and the emulator keeps such buffers as the hardware would.
 
-    cache   (block_table, step of a sequence, step of a page, pages, STEP of k, STEP of v, leftpad, capacity,
-             fewest)
+    cache   (block_table, step of a sequence, step of a page, pages, STEP of k, STEP of v, leftpad, capacity)
 
     block_table  (sequences, pages of one) int32 or int64, or None: then sequence b is page b (PAGE = 0)
     leftpad      (sequences,), or None for zeros; only for sequences of one page
     capacity     slots of a sequence
-    fewest       a sequence of so many rows, or fewer, is somebody else's
 
 Nobody has read these numbers: entries of the table are looked up only where they hold a key, and are held
 inside the cache. Rows are in 32 bits, which `launch_pages` sees to.
@@ -127,9 +125,13 @@ def fill_pieces_from_pages(
     stage = n % STAGES
     await_empty(ring, n, STAGES)
     barrier_expect(full.index(stage), BYTES + REST_BYTES)
-    for chunk in range(CHUNKS):
-        start, there = chunk_at(batch, first_slot, first_key + chunk * ROWS, k_len, step, cache, PAGE, ROWS)
+    start, there = chunk_at(batch, first_slot, first_key, k_len, step, cache, PAGE, ROWS)
+    # k_len is never negative, which ptxas does not know: unrolled, the loop takes too many registers.
+    for chunk in range(CHUNKS + gl.minimum(k_len, 0)):
         window = (_FAR, start + there, head, _FAR - there)
+        # Its page is looked up while this chunk is on its way.
+        first_key += ROWS
+        start, there = chunk_at(batch, first_slot, first_key, k_len, step, cache, PAGE, ROWS)
         _load_panels(boxes[0], window, 0, full.index(stage), parts[0], stage, chunk, CHUNKS, STAGES)
         if len(boxes) > 1:
             _load_panels(boxes[1], window, WIDE, full.index(stage), parts[1], stage, chunk, CHUNKS, STAGES)

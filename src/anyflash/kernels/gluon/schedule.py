@@ -57,6 +57,7 @@ class Form:
     packed      sequences are packed; used: not all of their keys are there
     chunk       keys of a cache that are loaded as one (pages.py), 0: there is no cache
     page        slots of its pages, 0: a sequence has one; padded: keys do not begin at the first slot
+    fewest      over a cache, packed sequences of so many rows of a group, or fewer, are somebody else's
     dropout     some probabilities are dropped
     """
 
@@ -76,6 +77,7 @@ class Form:
     chunk: int = 0
     page: int = 0
     padded: bool = False
+    fewest: int = 0
     block_n: int = 0
     dropout: bool = False
 

@@ -41,12 +41,14 @@ def rows_of(batch, cu_seqlens_q, seqlen_q, PACKED: gl.constexpr):
 
 @gluon.jit
 def keys_of(batch, seqused_k, seqlen_k, cache, USED: gl.constexpr, PADDED: gl.constexpr):
-    """First slot and number of keys of a sequence in a cache (pages.py), at most seqlen_k of them."""
-    leftpad, capacity = cache[6], cache[7]
+    """First slot and number of keys of a sequence in a cache (pages.py), at most seqlen_k of them, which are
+    not more than it has slots."""
     k_start = gl.full([], 0, gl.int32)
+    k_len = gl.full([], 0, gl.int32) + seqlen_k
     if PADDED:
+        leftpad, capacity = cache[6], cache[7]
         k_start = held(leftpad, batch, capacity)
-    k_len = gl.minimum(capacity - k_start, seqlen_k)
+        k_len = gl.minimum(capacity - k_start, k_len)
     if USED:
         k_len = held(seqused_k, batch, k_len)
     return k_start, k_len
@@ -137,8 +139,9 @@ def item_at(item, grid, lengths, C: gl.constexpr, BLOCK_M: gl.constexpr):
     if C.chunk > 0:
         q_start, q_len = rows_of(batch, cu_seqlens_q, seqlen_q, C.packed)
         k_start, k_len = keys_of(batch, seqused_k, seqlen_k, cache, C.used, C.padded)
-        # A sequence of fewer rows has a kernel of its own.
-        q_len = gl.where(q_len > cache[8], q_len, 0)
+        if C.packed:
+            # A sequence of fewer rows has a kernel of its own.
+            q_len = gl.where(q_len > C.fewest // group, q_len, 0)
     else:
         q_start, q_len, k_start, k_len = sequence(
             batch, cu_seqlens_q, cu_seqlens_k, seqused_k, seqlen_q, seqlen_k, C.packed, C.used
