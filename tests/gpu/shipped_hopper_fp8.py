@@ -88,11 +88,22 @@ def figures(name: str) -> dict[str, Any]:
         "loops": tiles.consumers * (2 if keywords else 1),
         "accounted": schedule_fp8.shared_bytes(tiles, dim, dim_v),
         "turned": len(re.findall(_TURNS, turning)),
+        "neighbours": neighbours(compiled.asm["ttgir"]),
         "single_bytes": len(re.findall(r"\b(?:LDS|STS)\.[US]8\b", turning)),
         "shuffles": max(
             len(re.findall(r"\bSHFL\b", block)) for block in blocks if re.search(r"\bQGMMA\b", block)
         ),
     }
+
+
+def neighbours(text: str) -> list[int]:
+    """How far apart a thread's first two operands of `byte_planes` lie, along each axis."""
+    parents = set(re.findall(r'elementwise_inline_asm "prmt\.b32.*?parent = (#\w+)', text))
+    (layout,) = (
+        re.search(rf"^{name} = .*?register = \[\[([\d, ]+)\]", text, re.MULTILINE) for name in parents
+    )
+    assert layout is not None
+    return [int(step) for step in layout[1].split(",")]
 
 
 if __name__ == "__main__":

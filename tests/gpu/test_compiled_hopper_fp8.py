@@ -24,6 +24,8 @@ BUDGETS = Path(__file__).parent / "budgets_hopper_fp8.json"
 NAMES = {"3.9.0": (), "3.6.0": ("64 plain", "128 causal")}
 # A maximum and a sum of each of a thread's two rows, over the four threads of a row.
 SHUFFLES = 2 * 2 * 2
+# Of `byte_planes` in hopper.py, before `split` takes the last axis.
+NEIGHBOURS = [0, 1, 0, 0]
 
 
 def measured(version: str) -> dict[str, dict[str, Any]]:
@@ -33,6 +35,7 @@ def measured(version: str) -> dict[str, dict[str, Any]]:
 def wrong(figures: dict[str, Any], budget: dict[str, int]) -> list[str]:
     rules = {
         "v is not turned by ldmatrix": figures["turned"] > 0,
+        f"pairs of bytes {figures['neighbours']} apart": figures["neighbours"] == NEIGHBOURS,
         f"{figures['single_bytes']} moves of single bytes": figures["single_bytes"] == 0,
         f"{figures['shuffles']} shuffles beside a product": figures["shuffles"] <= SHUFFLES,
     }

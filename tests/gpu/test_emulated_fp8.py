@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: nox -s 'systems(triton39)'", allow_module_level=True)
 
+import inspect
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +32,11 @@ from anyflash.contract.cases import Case, Packed
 from anyflash.contract.poison import Layout
 from anyflash.contract.rules import MASKS, Causal, Window
 from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
-from anyflash.kernels.gluon import schedule_fp8
+from anyflash.kernels.gluon import hopper, schedule_fp8
 from anyflash.kernels.gluon.transpose import turn, turned_layout
 from gpu import emulated
-from gpu.emulator import emulate, wgmma
+from gpu.emulator import emulate, translate, wgmma
+from gpu.emulator.tensor import Tensor
 
 LENGTHS = Packed((70, 0, 200, 3), (70, 33, 150, 0))
 SPARE = Packed((130, 40), (260, 70), used_k=(190, 0), slack_q=9, slack_k=33)
@@ -168,6 +171,21 @@ def turned_alone(given, found, KEYS: gl.constexpr, DIM: gl.constexpr):
     row = gl.expand_dims(gl.arange(0, DIM, layout=gl.SliceLayout(1, ROWS)), 1)
     column = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(0, ROWS)), 0)
     gl.store(found + row * KEYS + column, turned.load(ROWS))
+
+
+def test_byte_permutations() -> None:
+    """What the instructions of `byte_planes` do to two registers is what the emulator puts in their place."""
+    low, high = (torch.arange(4, dtype=torch.uint8) + first for first in (10, 20))
+    both = torch.cat((low, high)).tolist()
+    found = [
+        [both[int(digit, 16)] for digit in reversed(selector)]
+        for selector in re.findall(
+            r"prmt\.b32 \$\d, \$2, \$3, 0x(\w{4});", inspect.getsource(hopper.byte_planes.fn)
+        )
+    ]
+    pairs = [Tensor(x.view(torch.int16).view(1, 2)) for x in (low, high)]
+    wanted = [plane.data.view(torch.uint8).flatten().tolist() for plane in translate.byte_planes(*pairs)]
+    assert found == wanted == [[10, 12, 20, 22], [11, 13, 21, 23]]
 
 
 def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:

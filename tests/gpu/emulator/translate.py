@@ -107,7 +107,7 @@ def _pinned(value: Any) -> Tensor:
     return Tensor(value.data, value.layout)
 
 
-def _byte_planes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def byte_planes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Bytes of pairs along axis 1, as two permutations of bytes give them."""
     layout = language.common_layout(low, high)
     pairs = [
@@ -139,7 +139,7 @@ _ADDED = {
     "named_wait": lambda name, threads: barriers.named(name).wait(int(threads)),
     "named_arrive": lambda name, threads: barriers.named(name).arrive(int(threads)),
     "pin": _pinned,
-    "byte_planes": _byte_planes,
+    "byte_planes": byte_planes,
     "four_e4m3": _four_e4m3,
     "here": _same,
 }
