@@ -28,6 +28,7 @@ from anyflash.contract.cases import Case, Packed
 from anyflash.contract.poison import Layout
 from anyflash.contract.rules import MASKS, Causal, Dense, Window
 from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
+from anyflash.kernels.gluon import launch, schedule
 from anyflash.kernels.gluon.versions import unsupported
 from anyflash.kernels.triton import launch as portable
 from gpu import emulated
@@ -71,6 +72,14 @@ CASES = (
     Case("dropout", lens=(70, 260), dims=(64, 64), heads=(4, 2), dropout_p=0.3),
     Case("dropout_causal", lens=(200, 300), dims=(128, 128), rules=(Causal(),), dropout_p=0.5, batch=1),
     Case("dropout_packed", packed=SPARE, dims=(256, 256), heads=(1, 1), dropout_p=0.2),
+    Case("members", lens=(40, 140), dims=(64, 64), heads=(8, 1), batch=1),
+    Case("members_causal", lens=(70, 150), dims=(128, 128), heads=(8, 2), rules=(Causal(),), batch=1),
+    Case("members_window", lens=(20, 300), dims=(96, 64), heads=(8, 2), rules=(Window(60, 2),)),
+    Case("members_of_group", lens=(30, 140), dims=(64, 64), heads=(12, 1), rules=(Causal(),), batch=1),
+    Case("members_alibi", lens=(33, 90), dims=(64, 64), heads=(8, 2), terms=(Alibi(),), rules=(Causal(),)),
+    Case("members_sinks", lens=(40, 70), dims=(64, 64), heads=(4, 1), sinks="randn", rules=(Causal(),)),
+    Case("members_bias", lens=(20, 90), dims=(64, 64), heads=(8, 2), terms=(Biases(("hqk", "bk")),), batch=1),
+    Case("members_16", lens=(20, 140), dims=(256, 256), heads=(32, 2), rules=(MASKS["few_rows"],), batch=1),
     Case("one_query", lens=(1, 300), dims=(64, 64), heads=(4, 1)),
     Case("layout_heads_first", layouts=(Layout((0, 2, 1, 3)),), lens=(70, 140), dims=(64, 64)),
     Case("layout_gaps", layouts=(Layout(gap=8),), lens=(70, 140), dims=(64, 64), batch=1),
@@ -189,12 +198,63 @@ def test_nan_in_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [odd.tolist() for odd in repaired] == [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("group", "rows", "together"),
+    [
+        (8, 40, 8),
+        (8, 128, 1),
+        (8, 250, 1),
+        (8, 140, 8),
+        (6, 40, 2),
+        (7, 40, 1),
+        (1, 40, 1),
+        (128, 3, 64),
+        (8, 0, 1),
+    ],
+)
+def test_heads_together(group: int, rows: int, together: int) -> None:
+    assert schedule.members(group, rows, 128) == together
+
+
+@pytest.mark.parametrize(
+    ("call", "together"),
+    [({}, 4), ({"causal": True}, 4), ({"dropout_p": 0.1}, 1), ({"mask": lambda at: at.k > at.head}, 1)],
+)
+def test_who_takes_heads_together(call: dict[str, Any], together: int) -> None:
+    q, k = np.ones((1, 40, 8, 64), np.float16), np.ones((1, 50, 2, 64), np.float16)
+    problem, _ = direct.prepare(q, k, k, **call)
+    assert launch.heads_together(problem) == together
+
+
+def test_nan_in_what_is_masked_of_heads_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above. Here a tile has 16 tokens of four heads; a block that is computed again has 64 of one."""
+    emulated.install(monkeypatch)
+    repaired: list[list[int]] = []
+    own = portable.forward
+
+    def noted(problem: Any, operands: Any, results: Any, tiles: Any, odd: Any) -> None:
+        repaired.append(odd.tolist())
+        own(problem, operands, results, tiles, odd)
+
+    monkeypatch.setattr(portable, "forward", noted)
+    q, k, v = arrays((1, 70, 4, 64), (1, 130, 1, 64), (1, 130, 1, 64))
+    clean = direct.attend("hopper", q, k, v, causal=True)
+    k[0, 129] = v[0, 129] = np.nan
+    dirty = direct.attend("hopper", q, k, v, causal=True)
+    np.testing.assert_array_equal(dirty.out[:, :64], clean.out[:, :64])
+    assert close(dirty.out[:, 64:69], clean.out[:, 64:69])
+    assert np.isnan(dirty.out[:, 69:]).all()
+    assert repaired == [[0, 0] * 4, [1, 0] * 4]
+
+
 def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     emulated.install(monkeypatch)
     q, k, v = arrays((1, 70, 2, 96), (1, 140, 1, 96), (1, 140, 1, 96))
     said = str(af.explain(q, k, v, causal=True, backend="hopper"))
     assert "128 x 128, 2 consumers, 3 stages" in said
-    assert "go to the portable kernels" in said
+    assert "go to the portable kernels" in said and "heads of a group" not in said
+    q, k, v = arrays((1, 70, 8, 64), (1, 140, 1, 64), (1, 140, 1, 64))
+    assert "8 heads of a group in a tile" in str(af.explain(q, k, v, backend="hopper"))
     assert "of 128 keys by 64 rows" in said
     said = str(af.explain(*arrays(*[(1, 70, 2, 192)] * 3), backend="hopper", deterministic=False))
     assert "of 64 keys by 64 rows" in said

@@ -143,7 +143,7 @@ class Hopper:
         PORTABLE.restate(problem, config, lse, stats)
 
     def explain(self, problem: Problem, config: str) -> dict[str, Any]:
-        from anyflash.kernels.gluon import launch_decode, schedule, schedule_backward
+        from anyflash.kernels.gluon import launch, launch_decode, schedule, schedule_backward
 
         if problem.dtype in FLOATS8:
             return self._explain_narrow(problem)
@@ -168,7 +168,9 @@ class Hopper:
         if splits(problem):
             found |= launch_decode.explain(problem)
         else:
-            found["forward"] = f"{tiles}, {shared} bytes of shared memory"
+            together = launch.heads_together(problem)
+            heads = f", {together} heads of a group in a tile" if together > 1 else ""
+            found["forward"] = f"{tiles}, {shared} bytes of shared memory{heads}"
         if problem.addressing != "paged":
             found["backward"] = f"dk and dv {by_rows}, dq {by_keys}"
         return found | {

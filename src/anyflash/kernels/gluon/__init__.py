@@ -11,6 +11,7 @@
     mask.py          runs of key tiles of one class; scores with program and mask
     softmax.py       one online step
     dropout.py       which probabilities stay
+    heads.py         several heads of a group in one tile
     forward.py       the walk: products and softmax in step
     results.py       out, lse, stats
     forward_fp8.py   the same walk for 8-bit floats;  transpose.py: v turned in shared memory for it

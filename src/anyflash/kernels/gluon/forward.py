@@ -28,6 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anyflash.kernels.gluon.dropout import dropped
+from anyflash.kernels.gluon.heads import heads_of
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
     barrier_init,
@@ -74,7 +75,8 @@ def producer(
     q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
     q_tiles, q_full, q_empty, k_ring, v_ring, out_tiles, turns, k_parts, v_parts = shared
     CONSUMERS: gl.constexpr = C.consumers
-    BLOCK_M: gl.constexpr = 64 * CONSUMERS
+    ROWS: gl.constexpr = 64 // C.members
+    BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     BLOCK_N: gl.constexpr = k_ring[0][0].shape[-2]
     item = gl.program_id(0)
     taken = item * 0
@@ -92,7 +94,7 @@ def producer(
             for i in gl.static_range(CONSUMERS):
                 barrier_wait(q_empty.index(i), (taken & 1) ^ 1)
                 # (64, DIM)
-                rows = box(batch, head, q_start, q_len, first_row + i * 64, C.packed)
+                rows = box(batch, head, q_start, q_len, first_row + i * ROWS, C.packed, C.members)
                 load(q, rows, q_full.index(i), q_tiles, i)
             # (BLOCK_N, DIM_V)
             if high >= 0:
@@ -138,7 +140,7 @@ def under_product(
     release(k_ring, n, STAGES)
     s = scores(
         s, first_row, tile * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked, EDGE, False,
-        64, BLOCK_N, S_LAYOUT,
+        64, BLOCK_N, S_LAYOUT, C.members,
     )  # fmt: skip
     weights, state, shrink = step(s, state, unit)
     if C.dropout:
@@ -162,7 +164,8 @@ def consumer(
     CONSUMERS: gl.constexpr = C.consumers
     STAGES: gl.constexpr = C.stages
     TURNS: gl.constexpr = C.turns
-    BLOCK_M: gl.constexpr = 64 * CONSUMERS
+    ROWS: gl.constexpr = 64 // C.members
+    BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     BLOCK_N: gl.constexpr = k_ring[0][0].shape[-2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     scale, unit, dropout = numbers
@@ -173,10 +176,11 @@ def consumer(
     while more(item, grid):
         block_row, at, q_start, k_start = item_at(item, grid, lengths, C, BLOCK_M)
         batch, head, q_len, k_len = at
-        first_row = block_row + ME * 64
+        first_row = block_row + ME * ROWS
         if block_row < q_len:
             acc = sums(out)
-            state = start(sinks, head, unit, C.sinks, 64, gl.SliceLayout(1, S_LAYOUT))
+            heads = heads_of(head, C.members, gl.SliceLayout(1, S_LAYOUT))
+            state = start(sinks, heads, unit, C.sinks, 64, gl.SliceLayout(1, S_LAYOUT))
             kind, high, low = first_run(block_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
             barrier_wait(q_full.index(ME), taken & 1)
             if high >= 0:
@@ -187,7 +191,7 @@ def consumer(
                 release(k_ring, n, STAGES)
                 s = scores(
                     s, first_row, high * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked,
-                    True, False, 64, BLOCK_N, S_LAYOUT,
+                    True, False, 64, BLOCK_N, S_LAYOUT, C.members,
                 )  # fmt: skip
                 weights, state, shrink = step(s, state, unit)
                 if C.dropout:

@@ -7,6 +7,7 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from anyflash.core.device import Device
@@ -91,17 +92,21 @@ def start(call: portable.Call, results: Results, cached: Cached | None = None) -
     blocks of 64 rows it has for a plane."""
     problem, program, packed = call.problem, call.problem.program, call.problem.packed_q
     found = functions(program.score, program.mask, tuple(spec.dtype for spec in problem.tables), "gluon")
-    tiles = forward_tiles(problem)
-    blocks, entries = call.row_blocks(tiles.block_m)
-    planes = problem.heads_q * entries
+    tiles, members = forward_tiles(problem), heads_together(problem)
+    blocks, entries = call.row_blocks(tiles.block_m // members)
+    planes = problem.heads_q // members * entries
     odd_blocks, _ = call.row_blocks(schedule.ROWS)
-    odd = empty((planes * odd_blocks,), call.device, "int32") if call.hides else None
+    odd = None
+    if call.hides:
+        odd = empty((problem.heads_q * entries * odd_blocks * members,), call.device, "int32")
+        # Not all of the last block's tiles have rows.
+        odd = odd.zero_() if members > 1 else odd
     sinks, *lengths, tables = call.shared_arrays()
     extents = call.extents if cached is None else (call.extents[0], cached.most)
     launch(
         forward_kernels.forward,
         min(blocks * planes, processors(call.device)),
-        *boxes(problem, call.operands, results, tiles, 0 if cached is None else cached.chunk),
+        *boxes(problem, call.operands, results, tiles, members, 0 if cached is None else cached.chunk),
         pointer(results.lse),
         pointer(results.stats),
         odd,
@@ -110,13 +115,13 @@ def start(call: portable.Call, results: Results, cached: Cached | None = None) -
         None if cached is None else cached.cache,
         tables,
         problem.total_q if packed else problem.seqlen_q,
-        odd_blocks,
+        odd_blocks * members,
         blocks,
-        problem.heads_q,
+        problem.heads_q // members,
         planes,
-        section(problem, planes),
+        section(problem, planes, members),
         problem.batch,
-        problem.group,
+        problem.group // members,
         *extents,
         float(problem.scale),
         call.unit,
@@ -144,9 +149,13 @@ def start(call: portable.Call, results: Results, cached: Cached | None = None) -
             consumer_registers=tiles.consumer_registers,
             producer_registers=tiles.producer_registers,
             dropout=program.dropout_p > 0,
+            members=members,
         ),
         num_warps=4,
     )
+    if odd is not None and members > 1:
+        # Tiles of fewer tokens: as many as there are members make a block of 64 rows.
+        odd = odd.view(-1, members).amax(1)
     return odd, odd_blocks
 
 
@@ -160,6 +169,14 @@ def dropout_numbers(call: portable.Call) -> tuple[Any, ...]:
     return (*(word - (word >> 31 << 32) for word in words), keep_scale)
 
 
+def heads_together(problem: Problem) -> int:
+    """How many heads of a group are in one tile. Packed sequences have lengths that nobody here knows."""
+    program = problem.program
+    if problem.packed_q or program.dropout_p or reads_head(program.mask):
+        return 1
+    return schedule.members(problem.group, problem.seqlen_q, forward_tiles(problem).block_m)
+
+
 def forward_tiles(problem: Problem) -> schedule.Tiles:
     program = problem.program
     masked, scored, dropped = program.mask is not None, program.score is not None, program.dropout_p > 0
@@ -167,16 +184,22 @@ def forward_tiles(problem: Problem) -> schedule.Tiles:
 
 
 def boxes(
-    problem: Problem, operands: Operands, results: Results, tiles: schedule.Tiles, chunk: int = 0
+    problem: Problem,
+    operands: Operands,
+    results: Results,
+    tiles: schedule.Tiles,
+    members: int = 1,
+    chunk: int = 0,
 ) -> tuple[Any, ...]:
-    """Descriptors of q, k, v and out, and of the columns behind, None for a head in one piece. With `chunk`
-    those of k and v are of so many rows of a cache."""
+    """Descriptors of q, k, v and out, and of the columns behind, None for a head in one piece; q and out with
+    so many heads in a tile. With `chunk` those of k and v are of so many rows of a cache."""
+    of_rows = functools.partial(rows_of_heads, members=members) if members > 1 else rows
     (wide, rest), (wide_v, rest_v) = schedule.split(problem.head_dim), schedule.split(problem.head_dim_v)
     arrays = (
-        (rows, operands.q, schedule.ROWS, wide, rest),
+        (of_rows, operands.q, schedule.ROWS, wide, rest),
         (chunks if chunk else rows, operands.k, chunk or tiles.block_n, wide, rest),
         (chunks if chunk else rows, operands.v, chunk or tiles.block_n, wide_v, rest_v),
-        (rows, results.out, schedule.ROWS, wide_v, rest_v),
+        (of_rows, results.out, schedule.ROWS, wide_v, rest_v),
     )
     return (
         *(of(view, extent, wide) for of, view, extent, wide, _rest in arrays),
@@ -208,6 +231,18 @@ def rows(view: View, extent: int, columns: int | None = None) -> Any:
         strides = (batch[1], head[1], token[1], 1)
     block = (1,) * (len(shape) - 2) + (extent, columns or schedule.padded(dim[0]))
     return descriptor(view, shape, strides, block)
+
+
+def rows_of_heads(view: View, extent: int, columns: int, members: int) -> Any:
+    """A descriptor of boxes of `extent` rows of so many heads together (heads.py), and so many columns."""
+    size = view.itemsize
+    batch, token, head, dim = [
+        (length, stride // size if length > 1 else 16 // size)
+        for length, stride in zip(view.shape, view.strides, strict=True)
+    ]
+    shape = (batch[0], head[0] // members, token[0], members, dim[0])
+    strides = (batch[1], members * head[1], token[1], head[1], 1)
+    return descriptor(view, shape, strides, (1, 1, extent // members, members, columns))
 
 
 def page_step(view: View) -> int:
@@ -264,19 +299,27 @@ def processors(device: Device) -> int:
     return int(torch.cuda.get_device_properties(device.index).multi_processor_count)
 
 
-def section(problem: Problem, planes: int) -> int:
-    """Planes side by side. Packed, sequences differ in length: all heads of one block."""
+def section(problem: Problem, planes: int, members: int = 1) -> int:
+    """Planes of so many heads side by side. Packed, sequences differ in length: all heads of one block."""
     if problem.packed_q:
         return planes
     dims = problem.head_dim, problem.head_dim_v
-    return schedule.section(planes, problem.group, problem.seqlen_k, *dims, ITEMSIZE[problem.dtype])
+    return schedule.section(
+        planes, problem.group // members, problem.seqlen_k, *dims, ITEMSIZE[problem.dtype]
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def reads_tables(text: str | None) -> bool:
     """Does a mask read tables?"""
+    return text is not None and _somewhere(parse(text), lambda e: e.op == "load")
 
-    def reads(e: Expr) -> bool:
-        return e.op == "load" or any(reads(a) for a in e.args)
 
-    return text is not None and reads(parse(text))
+@functools.lru_cache(maxsize=256)
+def reads_head(text: str | None) -> bool:
+    """Does a mask differ from head to head?"""
+    return text is not None and _somewhere(parse(text), lambda e: e.op == "var" and e.value == "head")
+
+
+def _somewhere(e: Expr, fits: Callable[[Expr], bool]) -> bool:
+    return fits(e) or any(_somewhere(a, fits) for a in e.args)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anyflash.kernels.gluon.heads import pairs
+
 EMPTY, PARTIAL, FULL = 0, 1, 2
 _EMPTY, _PARTIAL, _FULL = gl.constexpr(EMPTY), gl.constexpr(PARTIAL), gl.constexpr(FULL)
 
@@ -107,7 +109,8 @@ def along(first, EXTENT: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr)
 @gluon.jit
 def scores(s, first_row, first_k, at, scale, tables, SCORE: gl.constexpr, ALLOWED: gl.constexpr,
            IDENTITY: gl.constexpr, MASK: gl.constexpr, EDGE: gl.constexpr, TRANSPOSED: gl.constexpr,
-           ROWS: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+           ROWS: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr,
+           MEMBERS: gl.constexpr = 1):  # fmt: skip
     """Final scores of a tile of q . k, (ROWS, KEYS) or TRANSPOSED, with -inf where no pair is.
 
     EDGE False: the tile is full. Rows past the end are left as they come out: nobody stores them.
@@ -115,6 +118,9 @@ def scores(s, first_row, first_k, at, scale, tables, SCORE: gl.constexpr, ALLOWE
     batch, head, q_len, k_len = at
     row = along(first_row, ROWS, 1 if TRANSPOSED else 0, LAYOUT)
     key = along(first_k, KEYS, 0 if TRANSPOSED else 1, LAYOUT)
+    if MEMBERS > 1:
+        token, heads = pairs(first_row, head, MEMBERS, gl.SliceLayout(1, LAYOUT))
+        row, head = gl.expand_dims(token, 1), gl.expand_dims(heads, 1)
     position = row + (k_len - q_len)
     if not IDENTITY:
         s = SCORE(s * scale, batch, head, row, position, key, q_len, k_len, tables)

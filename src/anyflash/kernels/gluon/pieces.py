@@ -73,7 +73,8 @@ def fill(ring, n, boxes, coordinates, STAGES: gl.constexpr):
 def matrix(buffers, at, PIECE: gl.constexpr):
     """Buffer `at` of a piece as a matrix, without its axes of extent 1."""
     one = buffers[PIECE].index(at)
-    return one.reshape([one.shape[-2], one.shape[-1]])
+    ABOVE: gl.constexpr = one.shape[-3] if len(one.shape) > 2 else 1
+    return one.reshape([ABOVE * one.shape[-2], one.shape[-1]])
 
 
 @gluon.jit

@@ -11,6 +11,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from anyflash.kernels.gluon.heads import pairs, report
 from anyflash.kernels.gluon.hopper import fence, tma_store_wait
 from anyflash.kernels.gluon.pieces import any_odd, put, scaled, store
 from anyflash.kernels.gluon.sequences import box, unknown_zero
@@ -26,21 +27,29 @@ def finish(acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles,
     scale, unit = numbers
     batch, head, q_len, k_len = at
     natural, m, log_sum, inverse = settled(state, unit)
-    rows = first_row + gl.arange(0, 64, layout=m.type.layout)
+    if C.members > 1:
+        LAYOUT: gl.constexpr = m.type.layout
+        rows, heads = pairs(first_row, head, C.members, LAYOUT)
+        plane = batch * (grid[1] * C.members) + heads
+    else:
+        rows = first_row + gl.arange(0, 64, layout=m.type.layout)
+        plane = head if C.packed else batch * grid[1] + head
     there = rows < q_len
-    plane = head if C.packed else batch * grid[1] + head
     late = unknown_zero(first_row)
     place = plane.to(gl.int64) * (plane_rows + late) + q_start + rows
     gl.store(lse + place, natural, mask=there)
     gl.store(stats + place, m, mask=there)
-    gl.store(stats + place + gl.cast(grid[2] + late, gl.int64) * plane_rows, log_sum, mask=there)
+    gl.store(stats + place + gl.cast(grid[2] * C.members + late, gl.int64) * plane_rows, log_sum, mask=there)
     if C.guard:
-        block = first_row // 64
-        if C.packed:
-            block += q_start // 64 + batch
+        block = first_row // (64 // C.members)
+        if C.members > 1:
+            report(odd, any_odd(acc), plane, block, odd_blocks, first_row < q_len, C.members)
         else:
-            block = odd_blocks - 1 - block
-        gl.store(odd + plane * odd_blocks + block, any_odd(acc), mask=first_row < q_len)
+            if C.packed:
+                block += q_start // 64 + batch
+            else:
+                block = odd_blocks - 1 - block
+            gl.store(odd + plane * odd_blocks + block, any_odd(acc), mask=first_row < q_len)
     if factor is not None:
         inverse *= factor
     values = scaled(acc, inverse)
@@ -48,4 +57,4 @@ def finish(acc, state, at, q_start, first_row, arrays, grid, numbers, out_tiles,
     tma_store_wait(0)
     put(values, out_tiles, ME)
     fence()
-    store(out, box(batch, head, q_start, q_len, first_row, C.packed), out_tiles, ME)
+    store(out, box(batch, head, q_start, q_len, first_row, C.packed, C.members), out_tiles, ME)

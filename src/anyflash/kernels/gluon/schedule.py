@@ -20,6 +20,7 @@ SHARED_BYTES = 232_448
 ROWS = 64
 GREATEST_DIM = 256
 _L2_BYTES = 32 * 2**20
+_NEARLY = 0.9
 # WIDE and REST columns of a head, by what they add up to: shapes are powers of two.
 _PIECES = ((64, 0), (64, 32), (128, 0), (128, 64), (256, 0))
 
@@ -59,6 +60,7 @@ class Form:
     page        slots of its pages, 0: a sequence has one; padded: keys do not begin at the first slot
     fewest      over a cache, packed sequences of so many rows of a group, or fewer, are somebody else's
     dropout     some probabilities are dropped
+    members     heads of a group that are in one tile (heads.py)
     """
 
     identity: bool
@@ -80,6 +82,7 @@ class Form:
     fewest: int = 0
     block_n: int = 0
     dropout: bool = False
+    members: int = 1
 
 
 # By (DIM, DIM_V), each the sum of its pieces. tests/gpu/budgets_hopper.json has what the stack is used for.
@@ -138,6 +141,17 @@ def forward_tiles(dim: int, dim_v: int, masked: bool, scored: bool, dropped: boo
         return Tiles(usual.block_n // 2, usual.stages + 1, 2, 240, 32, usual.turns, usual.own_out)
     special = _SCORED if scored else {} if masked else _PLAIN
     return special.get(width, _FORWARD[width])
+
+
+def members(group: int, rows: int, block_m: int) -> int:
+    """How many heads of a group are best taken into one tile: a power of two that divides the group, or 1 where
+    tiles of one head are nearly as full."""
+    together = min(group & -group, ROWS)
+
+    def filled(rows: int) -> float:
+        return rows / (-(-rows // block_m) * block_m)
+
+    return together if rows and filled(rows) < _NEARLY * filled(rows * together) else 1
 
 
 def shared_bytes(tiles: Tiles, dim: int, dim_v: int) -> int:

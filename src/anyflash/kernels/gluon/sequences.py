@@ -102,10 +102,12 @@ def work(item, blocks, heads, planes, section, entries, cu_seqlens,
 
 
 @gluon.jit
-def box(batch, head, start, length, row, PACKED: gl.constexpr):
-    """Coordinates of the box from `row` of a sequence on."""
+def box(batch, head, start, length, row, PACKED: gl.constexpr, MEMBERS: gl.constexpr = 1):
+    """Coordinates of the box from `row` of a sequence on, of one head or of several (heads.py)."""
     if PACKED:
         coordinates = (_FAR, start + length, head, _FAR - length + row, 0)
+    elif MEMBERS > 1:
+        coordinates = (batch, head, row, 0, 0)
     else:
         coordinates = (batch, head, row, 0)
     return coordinates
