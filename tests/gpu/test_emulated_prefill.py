@@ -65,6 +65,7 @@ CASES: tuple[tuple[Case, Form, int], ...] = (
     (Case("bias", packed=SHORT, dims=(64, 64), terms=(Biases(("bk", "h")),)), PAGES, 0),
     (Case("dense_mask", packed=SHORT, dims=(64, 64), rules=(Dense("bk", 0.6),)), PAGES, 0),
     (Case("sinks", packed=SHORT, dims=(64, 64), sinks="randn", rules=(Causal(),)), PAGES, 0),
+    (Case("members", packed=SHORT, dims=(64, 64), heads=(8, 1), rules=(Causal(),)), PAGES, 0),
     (Case("packed", packed=MIXED, dims=(64, 64), heads=(4, 2)), PAGES, 0),
     (Case("packed_causal", packed=MIXED, dims=(64, 64), heads=(4, 2), rules=(Causal(),)), DENSE, 0),
     (Case("packed_score", packed=MIXED, dims=WIDE, terms=(SCORES["relative"],)), PAGES, 0),

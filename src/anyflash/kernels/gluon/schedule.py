@@ -144,8 +144,8 @@ def forward_tiles(dim: int, dim_v: int, masked: bool, scored: bool, dropped: boo
 
 
 def members(group: int, rows: int, block_m: int) -> int:
-    """How many heads of a group are best taken into one tile: a power of two that divides the group, or 1 where
-    tiles of one head are nearly as full."""
+    """How many heads of a group are best taken into one tile: the greatest power of two that divides the
+    group, up to ROWS, or 1 where tiles of one head are nearly as full."""
     together = min(group & -group, ROWS)
 
     def filled(rows: int) -> float:
