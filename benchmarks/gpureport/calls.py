@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from anyflash.backends.registry import entries
@@ -13,12 +14,15 @@ from anyflash.dispatch.plan import execute_backward, execute_forward, plan
 from anyflash.frontends.torch_arrays import view
 from anyflash.semantics.describe import describe, describe_program
 from anyflash.semantics.operands import Gradients, Results, Saved
+from anyflash.semantics.rng import dropout_factors
+
+_DROPPED = 0.25
 
 
 @dataclass(frozen=True)
 class Case:
     """Shapes and options of one dense call; arrays are (batch, heads, rows, dim). `extra`: "plain", "bias",
-    "softcap, ALiBi"."""
+    "softcap, ALiBi", "dropout"."""
 
     dtype: str
     dim: int
@@ -38,12 +42,14 @@ class Case:
 
 @dataclass
 class Made:
-    """A case on a device: our call, the incoming gradient, and the score and mask of its definition."""
+    """A case on a device: our call, the incoming gradient, and the score, mask and dropout's factors of its
+    definition."""
 
     call: Call
     dout: Any
     score: Callable[[Any], Any] | None
     mask: Any
+    factors: Any = None
 
 
 def make(case: Case, device: str, empty: bool = False) -> Made:
@@ -71,8 +77,22 @@ def make(case: Case, device: str, empty: bool = False) -> Made:
         bias = new(1, case.heads, case.rows, case.keys, device=device)
         keywords["bias"] = bias
         score = lambda s: s + bias.to(s.dtype)
+    factors = None
+    if case.extra == "dropout":
+        keywords["dropout_p"] = _DROPPED
+        if not empty:
+            factors = _factors(case).to(device)
     call = Call(q, k, v, case.backend, case.extra != "plain", **keywords)
-    return Made(call, array(case.heads, case.rows), score, mask)
+    return Made(call, array(case.heads, case.rows), score, mask, factors)
+
+
+def _factors(case: Case) -> Any:
+    """(batch, heads, rows, keys): dropout's, of seed 0."""
+    found = [
+        [dropout_factors(_DROPPED, 0, b, h, case.rows, case.keys) for h in range(case.heads)]
+        for b in range(case.batch)
+    ]
+    return torch.tensor(np.array(found))
 
 
 class Call:
@@ -160,7 +180,8 @@ def definition(made: Made, dtype: Any) -> list[Any]:
     s = made.score(s) if made.score else s
     if made.mask is not None:
         s = s.masked_fill(~made.mask, float("-inf"))
-    out = s.softmax(-1).to(dtype) @ v
+    p = s.softmax(-1).to(dtype)
+    out = (p if made.factors is None else p * made.factors.to(dtype)) @ v
     return [out.detach(), *torch.autograd.grad(out, leaves, made.dout.to(dtype))]
 
 

@@ -18,8 +18,9 @@ def cases(place: Place, backend: str) -> list[Case]:
     """The most telling first."""
     if place.dry and backend == "hopper":
         return [
-            Case("bfloat16", 64, 70, 130, True, batch=1, heads=2, kv_heads=1, backend=backend),
+            Case("bfloat16", 64, 40, 130, True, batch=1, heads=4, kv_heads=1, backend=backend),
             Case("float16", 128, 40, 70, False, "softcap, ALiBi", 1, 2, 1, backend),
+            Case("float16", 64, 70, 70, True, "dropout", 1, 2, 1, backend),
         ]
     if place.dry:
         return [
@@ -42,6 +43,10 @@ def _cases(quick: bool, backend: str) -> Iterator[Case]:
     for causal in (True, False):
         for extra in ("softcap, ALiBi", "bias"):
             yield Case("bfloat16", 64, 257, 385, causal, extra, backend=backend)
+        # Few rows of a large group; dropout, with every kernel that Hopper has for it.
+        yield Case("bfloat16", 128, 40, 900, causal, heads=16, kv_heads=2, backend=backend)
+        for dim in (64, 128) if quick else (64, 128, 256):
+            yield Case("bfloat16", dim, 257, 385, causal, "dropout", backend=backend)
 
 
 def correctness(

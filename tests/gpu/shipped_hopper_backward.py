@@ -37,7 +37,6 @@ SHIPPED: dict[str, tuple[int, int, dict[str, Any], bool, bool]] = {
     "128 causal added": (128, 128, {"causal": True}, False, False),
     "192 128 causal": (192, 128, {"causal": True}, False, True),
     "256 plain": (256, 256, {}, False, True),
-    "64 dropout": (64, 64, {"dropout_p": 0.1}, False, True),
     "64 dropout added": (64, 64, {"dropout_p": 0.1}, False, False),
     "128 dropout causal": (128, 128, {"dropout_p": 0.1, "causal": True}, False, True),
     "256 dropout causal": (256, 256, {"dropout_p": 0.1, "causal": True}, False, True),

@@ -74,7 +74,7 @@ CASES = (
     Case("dropout_packed", packed=SPARE, dims=(256, 256), heads=(1, 1), dropout_p=0.2),
     Case("members", lens=(40, 140), dims=(64, 64), heads=(8, 1), batch=1),
     Case("members_causal", lens=(70, 150), dims=(128, 128), heads=(8, 2), rules=(Causal(),), batch=1),
-    Case("members_window", lens=(20, 300), dims=(96, 64), heads=(8, 2), rules=(Window(60, 2),)),
+    Case("members_window", lens=(20, 200), dims=(96, 64), heads=(4, 1), rules=(Window(60, 2),), batch=1),
     Case("members_of_group", lens=(30, 140), dims=(64, 64), heads=(12, 1), rules=(Causal(),), batch=1),
     Case("members_alibi", lens=(33, 90), dims=(64, 64), heads=(8, 2), terms=(Alibi(),), rules=(Causal(),)),
     Case("members_sinks", lens=(40, 70), dims=(64, 64), heads=(4, 1), sinks="randn", rules=(Causal(),)),
