@@ -37,6 +37,7 @@ from gpu.emulator.mutations import CALLS, mutations, noticed
 from gpu.test_emulated_mutations import functions
 from gpu.test_interpreted_decode import Cached
 from kvcache.laying import Form, lay_out
+from kvcache.test_independence import each
 
 EVEN = Packed((140, 140), (300, 150))
 SHORT = Packed((130,), (210,))
@@ -116,6 +117,18 @@ def test_contract(
     assert "forward" in launched, caplog.text
     verdicts = assess(case, found, truth, ("forward",))
     assert not [v.complaint for v in verdicts if v.complaint]
+
+
+def test_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows beside few, alone, in another order, and through other pages: the same bits."""
+    emulated.install(monkeypatch)
+    lens = Packed((150, 1, 70), (260, 129, 200))
+    mixed = Case("mixed", packed=lens, heads=(2, 1), dims=(64, 64), rules=(Causal(),), dtype="bfloat16")
+    values, _ = known(mixed)
+    whole = each(mixed, values, "hopper", PAGES, (0, 1, 2), seed=0)
+    for seed, (form, pick) in enumerate(((Form("of_48", page_size=48), (2, 0)), (DENSE, (0,))), 1):
+        for sequence, bits in each(mixed, values, "hopper", form, pick, seed).items():
+            assert bits == whole[sequence], (form.id, pick, sequence)
 
 
 def test_nan_in_what_a_row_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
