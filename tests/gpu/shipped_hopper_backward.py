@@ -77,7 +77,7 @@ def figures(name: str) -> dict[str, dict[str, Any]]:
         form = one.constants["C"]
         keys = one.kernel.__name__ != "backward_dq"
         if keys:
-            tiles = tables.keys_tiles(dim, dim_v, form.dropout)
+            tiles = tables.keys_tiles(dim, dim_v, not form.identity, form.dropout)
             accounted = tables.keys_shared_bytes(tiles, dim, dim_v, form.reduce, form.dropout)
         else:
             tiles = tables.rows_tiles(dim, dim_v, form.guard or form.dropout)

@@ -157,11 +157,12 @@ class Hopper:
         )
         shared = schedule.shared_bytes(tiles, problem.head_dim, problem.head_dim_v)
         dims, dropped = (problem.head_dim, problem.head_dim_v), program.dropout_p > 0
-        keys = schedule_backward.keys_tiles(*dims, dropped)
+        scored = program.score is not None or problem.scale <= 0
+        keys = schedule_backward.keys_tiles(*dims, scored, dropped)
         more = program.mask is not None or program.score is not None or dropped
         rows = schedule_backward.rows_tiles(*dims, more)
         by_keys = f"by {rows.moving} keys in {rows.stages} stages"
-        if not program.deterministic and not schedule_backward.wide(*dims, dropped):
+        if not program.deterministic and schedule_backward.adds(*dims, scored, dropped):
             by_keys = "added up in float32 on the way, in no fixed order"
         by_rows = f"of {keys.held} keys by {keys.moving} rows in {keys.stages} stages"
         found = {"device": "sm_90"}

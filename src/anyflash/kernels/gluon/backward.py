@@ -47,8 +47,9 @@ from anyflash.kernels.gluon.hopper import (
     wgmma_wait,
 )
 from anyflash.kernels.gluon.keys import block_of_keys, producer, rings, store_sums
+from anyflash.kernels.gluon.mask import along
 from anyflash.kernels.gluon.rows import run_up
-from anyflash.kernels.gluon.sequences import box
+from anyflash.kernels.gluon.sequences import box, unknown_zero
 
 
 @gluon.jit
@@ -79,6 +80,19 @@ def probabilities(
 
 
 @gluon.jit
+def of_scores(dp, p, weight, slope, delta, numbers, DROPOUT: gl.constexpr):
+    """ds of transposed scores, from dp - delta and weight = p slope.
+
+    With DROPOUT from dp, delta in shared memory, p and slope: p is negative where a pair is dropped.
+    """
+    if DROPOUT:
+        ROW: gl.constexpr = gl.SliceLayout(0, dp.type.layout)
+        dp = gl.where(p > 0.0, dp * numbers[2][3], 0.0) - gl.expand_dims(delta.load(ROW), 0)
+        weight = gl.abs(p) * slope
+    return weight * dp
+
+
+@gluon.jit
 def run_of_rows(
     sums, n, first_tile, end_tile, edge, shared, boxes, q_start, first_k, at, tables, numbers,
     C: gl.constexpr, ME: gl.constexpr, SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr,
@@ -99,26 +113,32 @@ def run_of_rows(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DV_LAYOUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     k_tile, v_tile, held, q_ring, dout_ring, ds_tile, dq_tiles, exchange = shared
-    q_tiles, m_rows, log_rows, q_full, q_empty = q_ring
-    dout_tiles, delta_rows, dout_full, dout_empty = dout_ring
+    q_tiles, m_rows, log_rows, delta_rows, q_full, q_empty = q_ring
+    dout_tiles, dout_full, dout_empty = dout_ring
     batch, head, q_len, k_len = at
     dk, dv = sums
-    keys = k_tile.reshape([BLOCK_N, WIDTH])
-    k = keys.slice(ME * 64, 64, dim=0)
-    v = v_tile.reshape([BLOCK_N, WIDTH_V]).slice(ME * 64, 64, dim=0)
     s_zero = gl.zeros([64, BLOCK_M], gl.float32, layout=S_LAYOUT)
     dq_zero = gl.zeros([BLOCK_M, HALF], gl.float32, layout=DQ_LAYOUT)
     key = gl.expand_dims(first_k + ME * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
     for tile in range(first_tile, end_tile):
         stage = n % STAGES
         phase = (n // STAGES) & 1
+        # Were these places known, what describes each 16 columns of k and v would be kept, in two registers.
+        late = unknown_zero(n)
+        keys = k_tile.index(late).reshape([BLOCK_N, WIDTH])
+        k = keys.slice(ME * 64, 64, dim=0)
+        v = v_tile.index(late).reshape([BLOCK_N, WIDTH_V]).slice(ME * 64, 64, dim=0)
         q = q_tiles.index(stage).reshape([BLOCK_M, WIDTH])
         dout = dout_tiles.index(stage).reshape([BLOCK_M, WIDTH_V])
-        row = gl.expand_dims(tile * BLOCK_M + gl.arange(0, BLOCK_M, layout=ROW), 0)
+        row = along(tile * BLOCK_M, BLOCK_M, 1, S_LAYOUT)
         barrier_wait(q_full.index(stage), phase)
+        # dp - delta is one sum, that begins before any product is in flight, where there are registers.
+        less = s_zero
+        if not C.dropout:
+            less = pin(s_zero - gl.expand_dims(delta_rows.index(stage).load(ROW), 0))
         s = wgmma(k, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
         barrier_wait(dout_full.index(stage), phase)
-        dp = wgmma(v, dout.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        dp = wgmma(v, dout.permute((1, 0)), less, use_acc=not C.dropout, is_async=True)
         s = wgmma_wait(1, deps=(s,))
         m = gl.expand_dims(m_rows.index(stage).load(ROW), 0)
         log_sum = gl.expand_dims(log_rows.index(stage).load(ROW), 0)
@@ -128,21 +148,21 @@ def run_of_rows(
         if C.dropout:
             p = dropped(p, tile * BLOCK_M, first_k + ME * 64, at, numbers[2], True, True)
         p = pin(p)
+        weight, kept = p, p
+        if C.dropout:
+            kept = gl.where(p < 0.0, 0.0, p)
+        elif not C.identity:
+            weight = pin(p * slope)
+        p_low = gl.convert_layout(kept.to(q.dtype), P_LAYOUT)
         # Its phase has ended; the basic block ends here, and with it what ptxas may move.
         barrier_wait(dout_full.index(stage), phase)
         dp = wgmma_wait(0, deps=(dp,))
-        weight = p
-        if C.dropout:
-            weight = gl.where(p < 0.0, 0.0, p)
-            dp = gl.where(p > 0.0, dp * numbers[2][3], 0.0)
-            p = gl.abs(p)
-        dv = wgmma(gl.convert_layout(weight.to(q.dtype), P_LAYOUT), dout, dv, is_async=True)
-        delta = gl.expand_dims(delta_rows.index(stage).load(ROW), 0)
-        ds = (p * (dp - delta) * slope).to(q.dtype)
+        dv = wgmma(p_low, dout, dv, is_async=True)
+        ds = of_scores(dp, p, weight, slope, delta_rows.index(stage), numbers, C.dropout).to(q.dtype)
         if C.reduce:
             # The tile before this has been read by both.
             barrier_wait(exchange.index(1), (n & 1) ^ 1)
-            ds_tile.slice(ME * 64, 64, dim=0).store(ds)
+            ds_tile.index(late).slice(ME * 64, 64, dim=0).store(ds)
             fence()
             barrier_arrive(exchange.index(0), count=1)
         dk = wgmma(gl.convert_layout(ds, DS_LAYOUT), q, dk, is_async=True)
@@ -154,7 +174,8 @@ def run_of_rows(
         barrier_arrive(q_empty.index(stage), count=1)
         if C.reduce:
             columns = keys.slice(ME * HALF, HALF, dim=1)
-            part = wgmma(ds_tile.permute((1, 0)), columns, dq_zero, use_acc=False, is_async=True)
+            ds_turned = ds_tile.index(late).permute((1, 0))
+            part = wgmma(ds_turned, columns, dq_zero, use_acc=False, is_async=True)
             tma_store_wait(0)
             part = wgmma_wait(0, deps=(part,))
             barrier_arrive(exchange.index(1), count=1)
@@ -227,12 +248,12 @@ def backward(
         C, BLOCK_N,
     )  # fmt: skip
     layout = (row_steps, dk_steps, dv_steps, first_odd)
-    k_tile = gl.allocate_shared_memory(k.dtype, k.block_type.shape, k.layout)
-    v_tile = gl.allocate_shared_memory(v.dtype, v.block_type.shape, v.layout)
+    k_tile = gl.allocate_shared_memory(k.dtype, [1] + k.block_type.shape, k.layout)
+    v_tile = gl.allocate_shared_memory(v.dtype, [1] + v.block_type.shape, v.layout)
     ds_tile, dq_tiles = k_tile, k_tile
     if C.reduce:
         ds_tile = gl.allocate_shared_memory(
-            k.dtype, [BLOCK_N, BLOCK_M], shared_layout([BLOCK_N, BLOCK_M], k.dtype)
+            k.dtype, [1, BLOCK_N, BLOCK_M], shared_layout([BLOCK_N, BLOCK_M], k.dtype)
         )
         dq_tiles = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
     held, exchange, q_ring, dout_ring = rings(q, dout, stats, delta, C.stages)

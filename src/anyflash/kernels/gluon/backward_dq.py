@@ -36,7 +36,7 @@ from anyflash.kernels.gluon.hopper import (
 from anyflash.kernels.gluon.keys import mark_odd, store_rows
 from anyflash.kernels.gluon.mask import along, next_run
 from anyflash.kernels.gluon.pipeline import await_full, fill, make_ring, release, tile_of
-from anyflash.kernels.gluon.sequences import box, sequence, work
+from anyflash.kernels.gluon.sequences import box, sequence, unknown_zero, work
 
 
 @gluon.jit
@@ -90,8 +90,6 @@ def run_of_keys(
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
     q_tiles, dout_tiles, held, k_ring, v_ring = shared
     m, log_sum, delta = rows
-    q = q_tiles.index(ME).reshape([64, WIDTH])
-    dout = dout_tiles.index(ME).reshape([64, WIDTH_V])
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
     row = along(first_row, 64, 0, S_LAYOUT)
     for j in range(high - low + 1):
@@ -99,6 +97,9 @@ def run_of_keys(
         edge = kind == 1
         if not C.masked:
             edge = (high - j + 1) * BLOCK_N > at[3]
+        # Not a place that is known: see backward.py.
+        q = q_tiles.index(ME + unknown_zero(n)).reshape([64, WIDTH])
+        dout = dout_tiles.index(ME + unknown_zero(n)).reshape([64, WIDTH_V])
         key = along((high - j) * BLOCK_N, BLOCK_N, 1, S_LAYOUT)
         k = tile_of(k_ring, n, BLOCK_N, WIDTH, STAGES)
         await_full(k_ring, n, STAGES)
@@ -112,6 +113,8 @@ def run_of_keys(
         )
         if C.dropout:
             p = dropped(p, first_row, (high - j) * BLOCK_N, at, numbers[2], False, True)
+        elif not C.identity:
+            p = p * slope
         p = pin(p)
         # Its phase has ended; the basic block ends here, and with it what ptxas may move.
         await_full(v_ring, n, STAGES)
@@ -119,8 +122,8 @@ def run_of_keys(
         release(v_ring, n, STAGES)
         if C.dropout:
             dp = gl.where(p > 0.0, dp * numbers[2][3], 0.0)
-            p = gl.abs(p)
-        ds = (p * (dp - delta) * slope).to(q.dtype)
+            p = gl.abs(p) * slope
+        ds = (p * (dp - delta)).to(q.dtype)
         dq = wgmma(gl.convert_layout(ds, DS_LAYOUT), k, dq, is_async=True)
         dq = wgmma_wait(0, deps=(dq,))
         release(k_ring, n, STAGES)

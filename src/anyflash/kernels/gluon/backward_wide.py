@@ -25,7 +25,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from anyflash.kernels.gluon.backward import probabilities
+from anyflash.kernels.gluon.backward import of_scores, probabilities
 from anyflash.kernels.gluon.dropout import dropped
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
@@ -37,7 +37,9 @@ from anyflash.kernels.gluon.hopper import (
     wgmma_wait,
 )
 from anyflash.kernels.gluon.keys import block_of_keys, producer, rings, store_sums
+from anyflash.kernels.gluon.mask import along
 from anyflash.kernels.gluon.rows import run_up
+from anyflash.kernels.gluon.sequences import unknown_zero
 
 
 @gluon.jit
@@ -64,23 +66,27 @@ def run_of_rows(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DV_LAYOUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     k_tile, v_tile, held, q_ring, dout_ring, ds_tiles, p_tiles, exchange = shared
-    q_tiles, m_rows, log_rows, q_full, q_empty = q_ring
-    dout_tiles, delta_rows, dout_full, dout_empty = dout_ring
+    q_tiles, m_rows, log_rows, delta_rows, q_full, q_empty = q_ring
+    dout_tiles, dout_full, dout_empty = dout_ring
     dk, dv = sums
-    k = k_tile.reshape([BLOCK_N, WIDTH])
-    v = v_tile.reshape([BLOCK_N, WIDTH_V])
     zero = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=S_LAYOUT)
     key = gl.expand_dims(first_k + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT)), 1)
     for tile in range(first_tile, end_tile):
         stage = n % STAGES
         phase = (n // STAGES) & 1
+        # Not places that are known: see backward.py.
+        k = k_tile.index(unknown_zero(n)).reshape([BLOCK_N, WIDTH])
+        v = v_tile.index(unknown_zero(n)).reshape([BLOCK_N, WIDTH_V])
         q = q_tiles.index(stage).reshape([BLOCK_M, WIDTH])
         dout = dout_tiles.index(stage).reshape([BLOCK_M, WIDTH_V])
-        row = gl.expand_dims(tile * BLOCK_M + MINE + gl.arange(0, ROWS, layout=ROW), 0)
+        row = along(tile * BLOCK_M + MINE, ROWS, 1, S_LAYOUT)
         barrier_wait(q_full.index(stage), phase)
+        less = zero
+        if not C.dropout:
+            less = pin(zero - gl.expand_dims(delta_rows.index(stage).slice(MINE, ROWS).load(ROW), 0))
         s = wgmma(k, q.slice(MINE, ROWS).permute((1, 0)), zero, use_acc=False, is_async=True)
         barrier_wait(dout_full.index(stage), phase)
-        dp = wgmma(v, dout.slice(MINE, ROWS).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dp = wgmma(v, dout.slice(MINE, ROWS).permute((1, 0)), less, use_acc=not C.dropout, is_async=True)
         s = wgmma_wait(1, deps=(s,))
         m = gl.expand_dims(m_rows.index(stage).slice(MINE, ROWS).load(ROW), 0)
         log_sum = gl.expand_dims(log_rows.index(stage).slice(MINE, ROWS).load(ROW), 0)
@@ -90,23 +96,22 @@ def run_of_rows(
         if C.dropout:
             p = dropped(p, tile * BLOCK_M + MINE, first_k, at, numbers[2], True, True)
         p = pin(p)
+        weight, kept = p, p
+        if C.dropout:
+            kept = gl.where(p < 0.0, 0.0, p)
+        elif not C.identity:
+            weight = pin(p * slope)
         # The other has read the tile before this. The basic block ends here, and with it what ptxas may move.
         barrier_wait(exchange.index(1), (n & 1) ^ 1)
-        weight = p
-        if C.dropout:
-            weight = gl.where(p < 0.0, 0.0, p)
-        p_mine = weight.to(q.dtype)
+        p_mine = kept.to(q.dtype)
         p_tiles.index(ME).store(p_mine)
         dp = wgmma_wait(0, deps=(dp,))
         columns = q.slice(ME * HALF, HALF, dim=1)
         columns_v = dout.slice(ME * HALF_V, HALF_V, dim=1)
         mine = columns_v.slice(MINE, ROWS)
         dv = wgmma(gl.convert_layout(p_mine, P_LAYOUT), mine, dv, is_async=True)
-        delta = gl.expand_dims(delta_rows.index(stage).slice(MINE, ROWS).load(ROW), 0)
-        if C.dropout:
-            dp = gl.where(p > 0.0, dp * numbers[2][3], 0.0)
-            p = gl.abs(p)
-        ds = (p * (dp - delta) * slope).to(q.dtype)
+        ds = of_scores(dp, p, weight, slope, delta_rows.index(stage).slice(MINE, ROWS), numbers, C.dropout)
+        ds = ds.to(q.dtype)
         ds_tiles.index(ME).store(ds)
         fence()
         barrier_arrive(exchange.index(0), count=1)
@@ -177,8 +182,8 @@ def backward_wide(
         C, BLOCK_N,
     )  # fmt: skip
     layout = (row_steps, dk_steps, dv_steps, first_odd)
-    k_tile = gl.allocate_shared_memory(k.dtype, k.block_type.shape, k.layout)
-    v_tile = gl.allocate_shared_memory(v.dtype, v.block_type.shape, v.layout)
+    k_tile = gl.allocate_shared_memory(k.dtype, [1] + k.block_type.shape, k.layout)
+    v_tile = gl.allocate_shared_memory(v.dtype, [1] + v.block_type.shape, v.layout)
     ds_tiles = gl.allocate_shared_memory(k.dtype, [2] + PART, shared_layout(PART, k.dtype))
     p_tiles = gl.allocate_shared_memory(k.dtype, [2] + PART, shared_layout(PART, k.dtype))
     held, exchange, q_ring, dout_ring = rings(q, dout, stats, delta, C.stages)

@@ -57,8 +57,8 @@ def rings(q, dout, stats, delta, STAGES: gl.constexpr):
         barrier_init(q_empty.index(i), count=2)
         barrier_init(dout_full.index(i), count=1)
         barrier_init(dout_empty.index(i), count=2)
-    q_ring = (q_tiles, m_rows, log_rows, q_full, q_empty)
-    dout_ring = (dout_tiles, delta_rows, dout_full, dout_empty)
+    q_ring = (q_tiles, m_rows, log_rows, delta_rows, q_full, q_empty)
+    dout_ring = (dout_tiles, dout_full, dout_empty)
     return held, exchange, q_ring, dout_ring
 
 
@@ -72,16 +72,17 @@ def producer(
     q, k, v, dout, stats, delta, dq, dk, dv, odd = arrays
     BLOCK_M: gl.constexpr = q.block_type.shape[-2]
     BLOCK_N: gl.constexpr = k.block_type.shape[-2]
+    ROW_BYTES: gl.constexpr = 2 * stats.block_type.nbytes + delta.block_type.nbytes
     k_tile, v_tile, held, q_ring, dout_ring, ds_tile, dq_tiles, exchange = shared
-    q_tiles, m_rows, log_rows, q_full, q_empty = q_ring
-    dout_tiles, delta_rows, dout_full, dout_empty = dout_ring
+    q_tiles, m_rows, log_rows, delta_rows, q_full, q_empty = q_ring
+    dout_tiles, dout_full, dout_empty = dout_ring
     batch, kv_head, members, group, q_start, q_len, k_start, k_len, first_k = item
     row_steps, dk_steps, dv_steps, first_odd = layout
     corner = box(batch, kv_head, k_start, k_len, first_k, C.packed)
     barrier_expect(held.index(0), k.block_type.nbytes + v.block_type.nbytes)
     # (BLOCK_N, DIM), (BLOCK_N, DIM_V)
-    tma_load(k, corner, held.index(0), k_tile)
-    tma_load(v, corner, held.index(0), v_tile)
+    tma_load(k, corner, held.index(0), k_tile.index(0))
+    tma_load(v, corner, held.index(0), v_tile.index(0))
     tiles = gl.cdiv(q_len, BLOCK_M)
     n = tiles * 0
     for member in range(members):
@@ -102,16 +103,16 @@ def producer(
                 free = ((n // STAGES) & 1) ^ 1
                 barrier_wait(q_empty.index(stage), free)
                 full = q_full.index(stage)
-                barrier_expect(full, q.block_type.nbytes + 2 * stats.block_type.nbytes)
-                # (BLOCK_M,), (BLOCK_M,), (BLOCK_M, DIM)
+                barrier_expect(full, q.block_type.nbytes + ROW_BYTES)
+                # (BLOCK_M,) three times, (BLOCK_M, DIM)
                 tma_load(stats, [place + row], full, m_rows.index(stage))
                 tma_load(stats, [row_steps[2] + place + row], full, log_rows.index(stage))
+                tma_load(delta, [delta_place + row], full, delta_rows.index(stage))
                 tma_load(q, corner, full, q_tiles.index(stage))
                 barrier_wait(dout_empty.index(stage), free)
                 full = dout_full.index(stage)
-                barrier_expect(full, dout.block_type.nbytes + delta.block_type.nbytes)
-                # (BLOCK_M,), (BLOCK_M, DIM_V)
-                tma_load(delta, [delta_place + row], full, delta_rows.index(stage))
+                barrier_expect(full, dout.block_type.nbytes)
+                # (BLOCK_M, DIM_V)
                 tma_load(dout, corner, full, dout_tiles.index(stage))
                 n += 1
                 tile += 1

@@ -73,7 +73,8 @@ class _Products:
         self.dims = problem.head_dim, problem.head_dim_v
         self.dropped = program.dropout_p > 0
         self.wide = tables.wide(*self.dims, self.dropped)
-        self.reduce = not program.deterministic and not self.wide
+        self.keys_tiles = tables.keys_tiles(*self.dims, not call.identity, self.dropped)
+        self.reduce = not program.deterministic and tables.adds(*self.dims, not call.identity, self.dropped)
         self.guard = call.hides
         _, *lengths, self.tables = call.shared_arrays()
         self.lengths = lengths
@@ -97,7 +98,7 @@ class _Products:
 
     def _keys(self, sums: Any) -> tuple[PortableTiles, Any] | None:
         call, grads, problem = self.call, self.grads, self.call.problem
-        tiles = tables.keys_tiles(*self.dims, self.dropped)
+        tiles = self.keys_tiles
         width, width_v = (tables.keys_width(*self.dims, dim, self.dropped) for dim in self.dims)
         blocks, entries = call.key_blocks(tiles.held)
         odd_blocks, odd = self._flags(*call.key_blocks(schedule.ROWS), problem.heads_kv)

@@ -69,15 +69,22 @@ def keys_width(dim: int, dim_v: int, of: int, dropped: bool = False) -> int:
     return max(padded(of), 128) if wide(dim, dim_v, dropped) else padded(of)
 
 
-def keys_tiles(dim: int, dim_v: int, dropped: bool = False) -> BackwardTiles:
-    """The configuration of backward.py, or of backward_wide.py."""
-    return BackwardTiles(64, 2, held=_HELD_WIDE if wide(dim, dim_v, dropped) else HELD)
+def keys_tiles(dim: int, dim_v: int, scored: bool, dropped: bool = False) -> BackwardTiles:
+    """The configuration of backward.py, or of backward_wide.py; `scored`: a score program takes registers."""
+    if wide(dim, dim_v, dropped):
+        return BackwardTiles(64, 2, held=_HELD_WIDE, consumer_registers=232, producer_registers=40)
+    return BackwardTiles(32 if scored and padded(dim) + padded(dim_v) > 128 else 64, 2)
+
+
+def adds(dim: int, dim_v: int, scored: bool, dropped: bool = False) -> bool:
+    """Can backward.py add up dq, too? wgmma makes 64 rows of it at least."""
+    return not wide(dim, dim_v, dropped) and keys_tiles(dim, dim_v, scored).moving >= 64
 
 
 def rows_tiles(dim: int, dim_v: int, more: bool) -> BackwardTiles:
     """The configuration of backward_dq.py; `more`: a mask, a score program or dropout takes registers."""
     if wide(dim, dim_v):
-        return BackwardTiles(32, 2)
+        return BackwardTiles(32, 2, consumer_registers=232, producer_registers=40)
     return BackwardTiles(64 if more else 128, 2)
 
 
