@@ -20,15 +20,13 @@ from gpu.machine_code import printed
 
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets_hopper_backward.json"
-# All configurations with the newer Triton, () for short; a few with the older one.
-NAMES = {"3.9.0": (), "3.6.0": ("64 plain", "128 causal", "128 causal added", "128 dropout causal")}
 STACK_SLACK = 16
 # What Triton keeps in shared memory to hand arguments to partitions and for reductions.
 SHARED_SLACK = 1024
 
 
-def measured(version: str) -> dict[str, dict[str, Any]]:
-    return printed("shipped_hopper_backward.py", *NAMES[version])
+def measured() -> dict[str, dict[str, Any]]:
+    return printed("shipped_hopper_backward.py")
 
 
 def wrong(figures: dict[str, Any], stack: int) -> list[str]:
@@ -63,7 +61,7 @@ def test_budgets() -> None:
     budgets = json.loads(BUDGETS.read_text())
     if triton.__version__ not in budgets:
         pytest.skip(f"budgets are kept for triton {', '.join(budgets)}, here is {triton.__version__}")
-    allowed, found = budgets[triton.__version__], measured(triton.__version__)
+    allowed, found = budgets[triton.__version__], measured()
     assert found.keys() == allowed.keys()
     said = [f"{name}: {why}" for name, figures in found.items() for why in wrong(figures, allowed[name])]
     assert not said, "\n".join(said)
@@ -73,7 +71,7 @@ if __name__ == "__main__":
     import triton
 
     kept = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    found = measured(triton.__version__)
+    found = measured()
     kept[triton.__version__] = {name: figures["stack"] for name, figures in found.items()}
     for name, figures in found.items():
         for why in wrong(figures, figures["stack"]):

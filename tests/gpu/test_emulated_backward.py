@@ -51,6 +51,7 @@ CASES = (
     Case("window", lens=(150, 180), dims=(64, 64), heads=(1, 1), rules=(Window(40, 9),), batch=1),
     Case("few_rows", lens=(140, 70), dims=(64, 64), rules=(MASKS["few_rows"],), batch=1),
     Case("softcap", lens=(70, 140), dims=(64, 64), terms=(Softcap(2.0),), rules=(Causal(),), batch=1),
+    Case("128_softcap", lens=(70, 140), dims=(128, 128), terms=(Softcap(2.0),), rules=(Causal(),), batch=1),
     Case("alibi", lens=(70, 140), dims=(64, 64), heads=(2, 1), terms=(Alibi(),), batch=1),
     Case("bias", lens=(70, 40), dims=(64, 64), terms=(Biases(("hqk",)),), batch=1),
     Case("sinks_no_key", lens=(130, 70), dims=(64, 64), sinks="randn", rules=(Causal(),), batch=1),

@@ -9,7 +9,7 @@
 A program owns BLOCK_N = 128 keys of one key head and walks the rows of all query heads that share it, so a
 group is summed in registers, in one order. Each of two consumers owns 64 keys. Scores are transposed, (keys,
 rows): p^T and ds^T are then left factors of dV and dK as they are, in registers. The producer loads k and v
-once, and for every tile of BLOCK_M rows q with m and log2 l, and dout with delta.
+once, and for every tile of BLOCK_M rows q with m, log2 l and delta, and dout.
 
 With REDUCE ds^T also goes through shared memory, where both consumers read all of it, each for half of the
 columns of dq; a TMA adds these to float32 in global memory. That is five products, and the last bits of dq
@@ -18,8 +18,10 @@ in both, and always the same bits.
 
     layout      s, dp (64, BLOCK_M), dk (64, DIM), dv (64, DIM_V), dq (BLOCK_M, DIM / 2): wgmma's
     registers   dk DIM / 2, dv DIM_V / 2, s and dp BLOCK_M / 2 each, both as operands BLOCK_M / 4 each, with
-                REDUCE dq BLOCK_M * DIM / 256 words a thread, of 240. A second copy of the loop's body, for
-                full tiles, would spill: the mask is a branch in the one there is
+                REDUCE dq BLOCK_M * DIM / 256 words a thread, of 240: at 128 and 64 rows 14 are left for all
+                that is not a tile. So dp begins at -delta instead of meeting it, columns and the places of k
+                and v are worked out in every tile, and tiles of a score program, which keeps its slope, have
+                32 rows. A second copy of the loop's body, for full tiles, would spill: the mask is a branch
     shared      k and v BLOCK_N * (DIM + DIM_V), STAGES * BLOCK_M * (DIM + DIM_V) and 3 words a row of them,
                 with REDUCE ds BLOCK_N * BLOCK_M and BLOCK_M * DIM words of dq
 
