@@ -119,6 +119,27 @@ def test_contract(
     assert not [v.complaint for v in verdicts if v.complaint]
 
 
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        (Form("of_12", page_size=12), "pages of 12 slots are no multiple of 8"),
+        (Form("padded", page_size=64, leftpad=(3,)), "left padding moves keys"),
+    ],
+    ids=lambda x: x.id if isinstance(x, Form) else "",
+)
+def test_what_boxes_cannot_reach(
+    form: Form, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launched = emulated.install(monkeypatch)
+    one = Case("one", packed=SHORT, heads=(1, 1), dims=(64, 64), dtype="float16")
+    values, truth = known(one)
+    laid = lay_out(one, values, form)
+    with caplog.at_level(logging.INFO, "anyflash"):
+        found = laid.canonical(*laid.run("hopper"))
+    assert not launched and why in caplog.text
+    assert not [v.complaint for v in assess(one, found, truth, ("forward",)) if v.complaint]
+
+
 def test_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rows beside few, alone, in another order, and through other pages: the same bits."""
     emulated.install(monkeypatch)

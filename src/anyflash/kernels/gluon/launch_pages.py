@@ -57,7 +57,7 @@ def unfit(problem: Problem, operands: Operands, block_n: int) -> str | None:
     can move."""
     rows = chunk(problem, operands, block_n)
     if rows % _PATTERN:
-        return f"pages of {problem.page_size} slots are not made of {_PATTERN} rows each"
+        return f"pages of {problem.page_size} slots are no multiple of {_PATTERN}"
     if operands.leftpad_k is not None and not _whole(operands):
         return "left padding moves keys away from the start of their pages"
     for name, view in (("k", operands.k), ("v", operands.v)):

@@ -22,6 +22,9 @@ this against the compiler's layouts, and the emulator keeps such buffers as the 
     leftpad      (sequences,), or None for zeros; only for sequences of one page
     capacity     slots of a sequence
 
+Memory: that of the ring. Registers: the producer's, which looks one chunk ahead. A configuration may change
+what it does for the forward and for decoding; chunks follow from it and from the page, and change no result.
+
 Nobody has read these numbers: entries of the table are looked up only where they hold a key, and are held
 inside the cache. Rows are in 32 bits, which `launch_pages` sees to.
 """
