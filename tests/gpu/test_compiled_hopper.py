@@ -1,8 +1,9 @@
 """The Hopper forward as it is shipped, compiled for sm_90a, within budgets.
 
-What must hold for every configuration is tested as it stands. What ptxas may still change a little,
-`budgets_hopper.json` keeps: bytes of the stack and spills within the loops. `python
-tests/gpu/test_compiled_hopper.py` writes the figures of the installed Triton into it.
+What must hold for every configuration is tested as it stands. `budgets_hopper.json` keeps what may be taken
+of the stack, in bytes, and how often loops may use it: nothing and never, unless somebody finds a reason.
+`python tests/gpu/test_compiled_hopper.py` compiles what the test does with the installed Triton and writes
+the figures into it, with `--all` every configuration.
 """
 
 from __future__ import annotations
@@ -20,26 +21,25 @@ from gpu.machine_code import printed
 
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets_hopper.json"
-# All configurations with the newer Triton, () for short; a few with the older one.
+# What the test compiles: all kinds of forms with the newer Triton, those that once spilled with the older.
 NAMES = {
-    "3.9.0": (),
+    "3.9.0": (
+        "64 plain", "64 causal", "96 causal", "128 plain", "128 causal", "128 packed causal",
+        "128 everything", "192 causal", "192/128 plain", "192/128 causal", "256 plain", "256 causal",
+        "64 dropout", "128 dropout causal", "128 members causal", "192/128 members everything",
+    ),
     "3.6.0": (
-        "64 plain",
-        "128 causal",
-        "128 packed causal",
-        "256 plain",
-        "128 dropout causal",
+        "64 plain", "96 causal", "128 packed causal", "192/128 causal", "128 dropout causal",
         "128 members causal",
     ),
-}
+}  # fmt: skip
 KEPT = ("stack", "spilled_in_loops")
-STACK_SLACK = 16
 # What Triton keeps in shared memory to hand arguments to partitions and for reductions.
 SHARED_SLACK = 1024
 
 
-def measured(version: str) -> dict[str, dict[str, Any]]:
-    return printed("shipped_hopper.py", *NAMES[version])
+def measured(*names: str) -> dict[str, dict[str, Any]]:
+    return printed("shipped_hopper.py", *names)
 
 
 def wrong(figures: dict[str, Any], budget: dict[str, int]) -> list[str]:
@@ -59,7 +59,7 @@ def wrong(figures: dict[str, Any], budget: dict[str, int]) -> list[str]:
             len(figures["overlapped"]) == figures["loops"] and min(figures["overlapped"]) >= least
         ),
         f"{figures['stack']} bytes of stack, allowed {budget['stack']}": (
-            figures["stack"] <= budget["stack"] + (STACK_SLACK if budget["stack"] else 0)
+            figures["stack"] <= budget["stack"]
         ),
         f"{figures['spilled_in_loops']} spills in loops": (
             figures["spilled_in_loops"] <= budget["spilled_in_loops"]
@@ -74,8 +74,8 @@ def test_budgets() -> None:
     budgets = json.loads(BUDGETS.read_text())
     if triton.__version__ not in budgets:
         pytest.skip(f"budgets are kept for triton {', '.join(budgets)}, here is {triton.__version__}")
-    allowed, found = budgets[triton.__version__], measured(triton.__version__)
-    assert found.keys() == allowed.keys()
+    allowed, found = budgets[triton.__version__], measured(*NAMES[triton.__version__])
+    assert found.keys() <= allowed.keys()
     said = [f"{name}: {why}" for name, figures in found.items() for why in wrong(figures, allowed[name])]
     assert not said, "\n".join(said)
 
@@ -84,8 +84,10 @@ if __name__ == "__main__":
     import triton
 
     kept = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    found = measured(triton.__version__)
-    kept[triton.__version__] = {name: {key: f[key] for key in KEPT} for name, f in found.items()}
+    found = measured(*(() if "--all" in sys.argv else NAMES[triton.__version__]))
+    kept.setdefault(triton.__version__, {}).update(
+        {name: {key: f[key] for key in KEPT} for name, f in found.items()}
+    )
     for name, figures in found.items():
         for why in wrong(figures, figures):
             sys.stderr.write(f"{name}: {why}\n")

@@ -85,7 +85,7 @@ class Form:
     members: int = 1
 
 
-# By (DIM, DIM_V), each the sum of its pieces. tests/gpu/budgets_hopper.json has what the stack is used for.
+# By (DIM, DIM_V), each the sum of its pieces. None takes room on the stack: tests/gpu/budgets_hopper.json.
 _FORWARD = {
     (64, 64): Tiles(128, 3, 2, 240, 32, 1, True),
     (64, 96): Tiles(128, 3, 2, 240, 32, 1, True),
@@ -113,13 +113,8 @@ _FORWARD = {
     (256, 192): Tiles(64, 2, 2, 240, 32, 0, True),
     (256, 256): Tiles(64, 2, 2, 240, 32, 0, False),
 }
-# A mask leaves a third consumer too few registers, a score program a wide tile.
+# A mask leaves a third consumer too few registers.
 _PLAIN = {(64, 64): Tiles(128, 2, 3, 160, 24, 1, True)}
-_SCORED = {
-    (128, 128): Tiles(64, 3, 2, 240, 32, 1, True),
-    (192, 128): Tiles(64, 3, 2, 240, 32, 1, True),
-    (256, 256): Tiles(32, 3, 2, 240, 32, 0, False),
-}
 
 
 def padded(dim: int) -> int:
@@ -135,12 +130,11 @@ def split(dim: int) -> tuple[int, int]:
 def forward_tiles(dim: int, dim_v: int, masked: bool, scored: bool, dropped: bool = False) -> Tiles:
     """The configuration for head dims of at most GREATEST_DIM, a mask, a score program and dropout."""
     width = sum(split(dim)), sum(split(dim_v))
-    if dropped:
-        # Its numbers need the registers of half of the scores.
-        usual = _FORWARD[width]
+    usual = _FORWARD[width]
+    if dropped or (scored and (width == (256, 256) or (usual.block_n == 128 and max(width) > 64))):
+        # Their numbers need the registers of half of the scores.
         return Tiles(usual.block_n // 2, usual.stages + 1, 2, 240, 32, usual.turns, usual.own_out)
-    special = _SCORED if scored else {} if masked else _PLAIN
-    return special.get(width, _FORWARD[width])
+    return usual if masked or scored else _PLAIN.get(width, usual)
 
 
 def members(group: int, rows: int, block_m: int) -> int:
