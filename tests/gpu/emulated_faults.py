@@ -12,6 +12,7 @@ from anyflash.kernels.gluon.hopper import (
     barrier_wait,
     barriers,
     fence,
+    here,
     named_wait,
     shared_layout,
     tma_load,
@@ -55,6 +56,8 @@ def values(x, FAULT: gl.constexpr):
         a = gl.dot_fma(a, a, a)
     elif FAULT == "constexpr":
         take_constant(gl.program_id(0))
+    elif FAULT == "no number":
+        here(row)
     elif FAULT == "two stores":
         gl.store(x + row, gl.sum(a, 1))
     elif FAULT == "half exponent":

@@ -6,6 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from anyflash.kernels.gluon.dropout import dropped
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
     barrier_expect,
@@ -226,3 +227,16 @@ def product_of_8_bits(a, b, c, BY_ROWS: gl.constexpr):
     made = tma.make_tensor_descriptor(c, [64, 64], [64, 1], [64, 64], gl.NVMMASharedLayout(128, 32))
     tma_store(made, [0, 0], tile)
     tma_store_wait(0)
+
+
+@gluon.jit
+def dropped_ones(out, first_row, first_k, batch, head, seed_low, seed_high, threshold,
+                 TRANSPOSED: gl.constexpr, MARK: gl.constexpr):  # fmt: skip
+    """64 rows by 32 keys, or TRANSPOSED 64 keys by 32 rows: what dropout leaves of ones."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
+    ones = gl.full([64, 32], 1.0, gl.float32, layout=layout)
+    numbers = (seed_low, seed_high, threshold, 1.0)
+    found = dropped(ones, first_row, first_k, (batch, head), numbers, TRANSPOSED, MARK)
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
+    gl.store(out + gl.expand_dims(rows * 32, 1) + gl.expand_dims(columns, 0), found)

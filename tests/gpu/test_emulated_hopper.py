@@ -31,7 +31,9 @@ from anyflash.contract.terms import SCORES, Alibi, Biases, Softcap
 from anyflash.kernels.gluon import launch, schedule
 from anyflash.kernels.gluon.versions import unsupported
 from anyflash.kernels.triton import launch as portable
-from gpu import emulated
+from anyflash.semantics import rng
+from gpu import emulated, emulated_kernels
+from gpu.emulator import emulate
 
 LENGTHS = Packed((70, 0, 200, 3), (70, 33, 150, 0))
 SPARE = Packed((130, 40), (260, 70), used_k=(190, 0), slack_q=9, slack_k=33)
@@ -134,6 +136,19 @@ def test_every_schedule(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(direct.attend("hopper", q, k, v, causal=True))
     assert found[0].out.tobytes() == found[1].out.tobytes()
     assert found[0].lse.tobytes() == found[1].lse.tobytes()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_words_are_those_of_the_definition(transposed: bool) -> None:
+    first_row, first_k, batch, head, seed, least = 96, 64, 3, 5, 2**63 + 2**31 + 9, 2**32 - 2**30
+    found = torch.zeros(64, 32)
+    halves = [np.uint32(word).view(np.int32).item() for word in (seed & 0xFFFFFFFF, seed >> 32, least)]
+    emulate(
+        emulated_kernels.dropped_ones, (1,), found, first_row, first_k, batch, head, *halves, transposed, True
+    )
+    rows, keys = (32, 64) if transposed else (64, 32)
+    stays = rng.words(seed, batch, head, first_row + rows, first_k + keys)[first_row:, first_k:] >= least
+    np.testing.assert_array_equal((found.T if transposed else found).numpy(), np.where(stays, 1.0, -1.0))
 
 
 @pytest.mark.parametrize(("dropout_p", "seed"), [(0.4, 2**63 + 2**31 + 5), (1 - 2**-40, 16), (1e-12, 1)])

@@ -111,6 +111,7 @@ VALUES = {
     "32 bits": (OutOfBounds, "does not fit 32 bits"),
     "not modelled": (Unknown, "gl.dot_fma"),
     "constexpr": (Mismatch, "N is a constexpr"),
+    "no number": (Mismatch, "here wants an int32 number"),
     "two stores": (Race, "program number 1 has stored"),
     "half exponent": (Mismatch, "exp2 wants float32"),
     "assertion": (EmulationError, "63 rows"),

@@ -11,8 +11,7 @@ by shuffles of packed bytes: no shared memory, no barrier. The other ways cost t
 
 Of the 14 products of 32 x 32 bits that a counter takes 9 are left for each: the first two rounds and half of
 the third read the key or the row alone, and are computed along their axis. In all a counter is 9 products,
-11 xors of three numbers and 4 comparisons, a pair a quarter of that and 1 / 8 shuffle: about 7 instructions
-beside the 6 of its softmax.
+11 xors of three numbers and 4 comparisons, a pair a quarter of that and 1 / 8 shuffle, 1 / 4 TRANSPOSED.
 
 Registers: a counter's words live until they are compared; what stays is 1 byte a pair.
 """

@@ -4,9 +4,9 @@
     p   = softmax of s over keys    online, see softmax.py
     out = p . v / l                 of p with dropout: what is dropped is in l, and the rest is scaled in out
 
-A work item is BLOCK_M = 64 * CONSUMERS rows of one head. The producer loads its q, one tile of 64 rows for
-each consumer, and then k and v tile by tile, from the last keys to the first. A consumer has 64 rows. For
-tile j it issues S_j = q . k_j and then out += P_(j-1) . v_(j-1); softmax j runs while the second is computed.
+A work item is 64 * CONSUMERS rows of one head, or of several that read the same keys (heads.py). The
+producer loads its q, one tile of 64 rows for each consumer, and then k and v tile by tile, from the last keys
+to the first. A consumer has 64 rows. For tile j it issues S_j = q . k_j and then out += P_(j-1) . v_(j-1); softmax j runs while the second is computed.
 Consumers take turns in issuing, so that one's softmax also runs under another's products. Blocks are
 persistent: each takes the items i, i + programs, ...
 
