@@ -6,9 +6,9 @@
 
 A work item is 64 * CONSUMERS rows of one head, or of several that read the same keys (heads.py). The
 producer loads its q, one tile of 64 rows for each consumer, and then k and v tile by tile, from the last keys
-to the first. A consumer has 64 rows. For tile j it issues S_j = q . k_j and then out += P_(j-1) . v_(j-1); softmax j runs while the second is computed.
-Consumers take turns in issuing, so that one's softmax also runs under another's products. Blocks are
-persistent: each takes the items i, i + programs, ...
+to the first. A consumer has 64 rows. For tile j it issues S_j = q . k_j and then out += P_(j-1) . v_(j-1);
+softmax j runs while the second is computed. Consumers take turns in issuing, so that one's softmax also runs
+under another's products. Blocks are persistent: each takes the items i, i + programs, ...
 
 Whatever has columns of a head is in one piece or two (pieces.py): 96 columns are 64 and 32, 192 128 and 64.
 
