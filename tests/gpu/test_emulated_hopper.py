@@ -213,6 +213,19 @@ def test_nan_in_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [odd.tolist() for odd in repaired] == [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
 
 
+@pytest.mark.parametrize("column", [3, 80])
+def test_nan_in_one_column_of_v_that_is_masked(column: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either piece of a head shows that a block must be computed again."""
+    emulated.install(monkeypatch)
+    q, k, v = arrays((1, 100, 1, 96), (1, 100, 1, 96), (1, 100, 1, 96))
+    clean = direct.attend("hopper", q, k, v, causal=True).out
+    v[0, 60, 0, column] = np.nan
+    dirty = direct.attend("hopper", q, k, v, causal=True).out
+    assert np.isnan(dirty[:, 60:, :, column]).all()
+    assert np.isnan(dirty).sum() == 40
+    assert close(np.where(np.isnan(dirty), clean, dirty), clean)
+
+
 @pytest.mark.parametrize(
     ("group", "rows", "together"),
     [
