@@ -147,9 +147,27 @@ def test_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = Case("mixed", packed=lens, heads=(2, 1), dims=(64, 64), rules=(Causal(),), dtype="bfloat16")
     values, _ = known(mixed)
     whole = each(mixed, values, "hopper", PAGES, (0, 1, 2), seed=0)
-    for seed, (form, pick) in enumerate(((Form("of_48", page_size=48), (2, 0)), (DENSE, (0,))), 1):
+    tried = ((Form("of_48", page_size=48), (2, 0)), (DENSE, (0,)), (PAGES, (1,)))
+    for seed, (form, pick) in enumerate(tried, 1):
         for sequence, bits in each(mixed, values, "hopper", form, pick, seed).items():
             assert bits == whole[sequence], (form.id, pick, sequence)
+
+
+def test_pages_that_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of k in one step, those of v in another, as where other arrays lie between them."""
+    launched = emulated.install(monkeypatch)
+    one = Case("apart", packed=SHORT, heads=(1, 1), dims=(64, 64), dtype="bfloat16")
+    values, truth = known(one)
+    laid = lay_out(one, values, PAGES)
+    for name, times in (("k", 2), ("v", 3)):
+        own = laid.cache[name]
+        assert own is not None
+        roomy = np.full((len(own), times * own.shape[1], *own.shape[2:]), np.nan, own.dtype)
+        roomy[:, : own.shape[1]] = own
+        laid.cache[name] = roomy[:, : own.shape[1]]
+    found = laid.canonical(*laid.run("hopper"))
+    assert launched == ["forward"]
+    assert not [v.complaint for v in assess(one, found, truth, ("forward",)) if v.complaint]
 
 
 def test_nan_in_what_a_row_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +209,13 @@ UNREAD = {
 }
 
 
+UNREAD["padded"] = Cached(
+    page_size=512, lens=(200, 77), leftpad=(9, 3), q_lens=(140,) * 2, heads_kv=1, dim=64, dtype="float16"
+)
+# All of a sequence in one page.
+UNREAD["padded"].table = UNREAD["padded"].table[:, :1]
+
+
 def on_hopper(call: Cached, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
     launched = emulated.install(monkeypatch)
     monkeypatch.setattr(test_interpreted_decode, "BACKEND", BACKEND)
@@ -208,14 +233,16 @@ def test_integers_that_nobody_has_read(name: str, monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose(lse, want_lse, rtol=4 * eps, atol=4 * eps)
 
 
-@pytest.mark.parametrize("wrong", ["page", "length"])
+@pytest.mark.parametrize("wrong", ["page", "length", "padding"])
 def test_wrong_integers_lead_nowhere(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory around every array is poisoned, and the emulator knows where arrays end."""
-    call = deepcopy(UNREAD["pages"])
+    call = deepcopy(UNREAD["padded" if wrong == "padding" else "pages"])
     if wrong == "page":
         call.table[:, 0] = (-5, 10**6, 2**31 - 1)
     else:
-        call.used[:] = (10**9, -3, 2**31 - 1)
+        call.used[:] = (10**9, -3, 2**31 - 1)[: len(call.used)]
+    if wrong == "padding":
+        call.pad[:], call.table[:] = (400, 2**31 - 1), call.problem.num_pages - 1
     on_hopper(call, monkeypatch)
 
 
