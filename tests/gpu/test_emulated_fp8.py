@@ -51,6 +51,7 @@ CASES = (
     Case("few_rows", lens=(140, 150), dims=(64, 64), rules=(MASKS["few_rows"],), batch=1),
     Case("softcap", lens=(70, 260), dims=(64, 64), terms=(Softcap(2.0), Alibi()), descale="arrays", batch=1),
     Case("bias", lens=(70, 260), dims=(64, 64), terms=(Biases(("hqk",)), SCORES["relative"]), batch=1),
+    Case("softcap_wide", lens=(70, 140), dims=(128, 128), terms=(Softcap(2.0),), descale="arrays", batch=1),
     Case("sinks", lens=(70, 260), dims=(64, 64), sinks="randn", descale="numbers", batch=1),
     Case("sinks_no_key", lens=(130, 70), dims=(64, 64), sinks="randn", rules=(Causal(),), batch=1),
     Case("odd_dims", lens=(70, 140), dims=(96, 80), descale="arrays", batch=1),
@@ -121,7 +122,7 @@ def test_sums_of_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor cores keep about 14 bits of a sum. What that cuts off is of one tile, however many there are."""
     emulated.install(monkeypatch)
     monkeypatch.setattr(wgmma, "SUM_BITS", 14)
-    tile, keys = schedule_fp8.forward_tiles(64, 64).block_n, 3072
+    tile, keys = schedule_fp8.forward_tiles(64, 64, False).block_n, 3072
     q = np.zeros((1, 130, 1, 64), ml_dtypes.float8_e4m3fn)
     v = np.exp2(np.random.default_rng(0).uniform(-5, 1, (1, keys, 1, 64))).astype(ml_dtypes.float8_e4m3fn)
     out = af.attention(q, v, v, backend="hopper").astype(np.float64)
@@ -188,11 +189,28 @@ def test_byte_permutations() -> None:
     assert found == wanted == [[10, 12, 20, 22], [11, 13, 21, 23]]
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, False),
+        ("score", True),
+        ("(mul (mul score (load 0:f head)) (load 1:f batch (floordiv head 4)))", True),
+        ("(mul (load 0:f head) score)", True),
+        ("(mul score (load 0:f k))", False),
+        ("(add score (load 0:f head))", False),
+        ("(mul score score)", False),
+        ("(tanh (mul score (load 0:f head)))", False),
+    ],
+)
+def test_what_only_scales(text: str | None, wanted: bool) -> None:
+    assert schedule_fp8.only_scales(text) is wanted
+
+
 def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     emulated.install(monkeypatch)
     q, k, v = arrays((1, 70, 2, 96), (1, 140, 1, 96), (1, 140, 1, 96))
     said = str(af.explain(q, k, v, causal=True, backend="hopper"))
-    tiles = schedule_fp8.forward_tiles(96, 96)
+    tiles = schedule_fp8.forward_tiles(96, 96, False)
     assert f"{tiles.block_m} x {tiles.block_n}, 2 consumers, {tiles.stages} stages" in said
     assert "p in e4m3" in said
 

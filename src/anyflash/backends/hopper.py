@@ -183,8 +183,9 @@ class Hopper:
     def _explain_narrow(self, problem: Problem) -> dict[str, Any]:
         from anyflash.kernels.gluon import schedule_fp8
 
-        dims = problem.head_dim, problem.head_dim_v
-        tiles = schedule_fp8.forward_tiles(*dims)
+        dims, score = (problem.head_dim, problem.head_dim_v), problem.program.score
+        scored = score is not None and not schedule_fp8.only_scales(score)
+        tiles = schedule_fp8.forward_tiles(*dims, scored)
         return {
             "device": "sm_90",
             "forward": f"{tiles}, {schedule_fp8.shared_bytes(tiles, *dims)} bytes of shared memory",

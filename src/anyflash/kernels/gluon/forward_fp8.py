@@ -1,6 +1,7 @@
 """The forward of 8-bit floats: out, lse and stats.
 
-    s   = program(scale q . k)      without a program s stays q . k, and `unit` has the scale
+    s   = program(scale q . k)      without a program s stays q . k, and `unit` has the scale; of a program of
+                                    factors by batch and head alone, such as descale_q's, one number is made
     p   = 2 ** 8 softmax of s       in e4m3: what exceeds 2 ** -14 has its three bits of fraction
     out = factor p . v / l          l has the 2 ** 8, too
 
@@ -141,7 +142,7 @@ def mover(
 @gluon.jit
 def under_product(
     q_tile, p, sums, state, n, turn_number, tile, first_row, at, k_ring, turned_ring, turns, tables, numbers,
-    SCORE: gl.constexpr, ALLOWED: gl.constexpr, EDGE: gl.constexpr, C: gl.constexpr, ME: gl.constexpr,
+    by, SCORE: gl.constexpr, ALLOWED: gl.constexpr, EDGE: gl.constexpr, C: gl.constexpr, ME: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr,
     DIM_V: gl.constexpr,
 ):  # fmt: skip
@@ -169,6 +170,8 @@ def under_product(
     pass_turn(turns, ME, CONSUMERS, TURNS)
     s = wgmma_wait(1, deps=(s,))
     release(k_ring, n, STAGES)
+    if by is not None:
+        s *= by
     s = scores(
         s, first_row, tile * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked, EDGE, False,
         64, BLOCK_N, S_LAYOUT,
@@ -187,6 +190,7 @@ def under_product(
 def consumer(
     shared, arrays, grid, lengths, tables, numbers, C: gl.constexpr, ME: gl.constexpr,
     SCORE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr, FACTOR: gl.constexpr,
+    LINEAR: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: rows ME * 64 to ME * 64 + 63 of every item."""
     q, k, v, out, lse, stats, odd, sinks, plane_rows, odd_blocks = arrays
@@ -214,6 +218,10 @@ def consumer(
             acc = gl.zeros([64, DIM_V], gl.float32, layout=O_LAYOUT)
             m, l = start(sinks, head, unit, C.sinks, 64, gl.SliceLayout(1, S_LAYOUT))
             state = (m, l * (1 << LIFT))
+            by = None
+            if LINEAR:
+                none = batch * 0
+                by = SCORE(scale, batch, head, none, none, none, q_len, k_len, tables)
             kind, high, low = first_run(block_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
             barrier_wait(q_full.index(ME), taken & 1)
             q_tile = q_tiles.index(ME).reshape([64, DIM])
@@ -225,6 +233,8 @@ def consumer(
                           use_acc=False, is_async=True)  # fmt: skip
                 s = wgmma_wait(0, deps=(s,))
                 release(k_ring, n, STAGES)
+                if by is not None:
+                    s *= by
                 s = scores(
                     s, first_row, high * BLOCK_N, at, scale, tables, SCORE, ALLOWED, C.identity, C.masked,
                     True, False, 64, BLOCK_N, S_LAYOUT,
@@ -241,7 +251,7 @@ def consumer(
                         for j in range(gl.where(kind == 1, count, 0)):
                             p, sums, state = under_product(
                                 q_tile, p, sums, state, n, n - started, high - j, first_row, at, k_ring,
-                                turned_ring, turns, tables, numbers, SCORE, ALLOWED, True, C, ME,
+                                turned_ring, turns, tables, numbers, by, SCORE, ALLOWED, True, C, ME,
                                 S_LAYOUT, O_LAYOUT, BLOCK_N, DIM, DIM_V,
                             )  # fmt: skip
                             n += 1
@@ -249,7 +259,7 @@ def consumer(
                     for j in range(count):
                         p, sums, state = under_product(
                             q_tile, p, sums, state, n, n - started, high - j, first_row, at, k_ring,
-                            turned_ring, turns, tables, numbers, SCORE, ALLOWED, False, C, ME,
+                            turned_ring, turns, tables, numbers, by, SCORE, ALLOWED, False, C, ME,
                             S_LAYOUT, O_LAYOUT, BLOCK_N, DIM, DIM_V,
                         )  # fmt: skip
                         n += 1
@@ -295,9 +305,10 @@ def forward_fp8(
     plane_rows, odd_blocks, blocks, heads, planes, section, entries, group,
     seqlen_q, seqlen_k, scale, unit,
     SCORE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr, FACTOR: gl.constexpr,
-    C: gl.constexpr, num_warps: gl.constexpr,
+    LINEAR: gl.constexpr, C: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As forward.py: forward; FACTOR(batch, head, tables) is what out is multiplied by, None for nothing."""
+    """As forward.py: forward; FACTOR(batch, head, tables) is what out is multiplied by, None for nothing.
+    LINEAR: SCORE multiplies by what is the same in all of an item; C.identity is then set."""
     STAGES: gl.constexpr = C.stages
     BLOCK_N: gl.constexpr = k.block_type.shape[-2]
     DIM_V: gl.constexpr = v.block_type.shape[-1]
@@ -322,10 +333,10 @@ def forward_fp8(
     # Functions are handed over in place: they cannot be kept in a tuple.
     gl.warp_specialize([
         (consumer, (
-            shared, arrays, grid, lengths, tables, numbers, C, 0, SCORE, ALLOWED, TILE_CLASS, FACTOR,
+            shared, arrays, grid, lengths, tables, numbers, C, 0, SCORE, ALLOWED, TILE_CLASS, FACTOR, LINEAR,
         )),
         (consumer, (
-            shared, arrays, grid, lengths, tables, numbers, C, 1, SCORE, ALLOWED, TILE_CLASS, FACTOR,
+            shared, arrays, grid, lengths, tables, numbers, C, 1, SCORE, ALLOWED, TILE_CLASS, FACTOR, LINEAR,
         )),
         (mover, (
             shared, arrays, grid, lengths, tables, numbers, C, 0, SCORE, ALLOWED, TILE_CLASS, FACTOR,

@@ -20,7 +20,9 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
     program, packed = problem.program, problem.packed_q
     dtypes = tuple(spec.dtype for spec in problem.tables)
     found = functions(program.score, program.mask, dtypes, "gluon", program.factor)
-    tiles = schedule_fp8.forward_tiles(problem.head_dim, problem.head_dim_v)
+    linear = schedule_fp8.only_scales(program.score)
+    scored = program.score is not None and not linear
+    tiles = schedule_fp8.forward_tiles(problem.head_dim, problem.head_dim_v, scored)
     with current(call.device):
         if packed:
             portable.fill_rows_of_no_sequence(call, results)
@@ -57,8 +59,9 @@ def forward(problem: Problem, operands: Operands, results: Results) -> None:
             ALLOWED=found.allowed,
             TILE_CLASS=found.tile_class,
             FACTOR=found.factor,
+            LINEAR=linear,
             C=schedule.Form(
-                identity=call.identity,
+                identity=call.identity or linear,
                 masked=found.masked,
                 wide=not launch.reads_tables(program.mask),
                 sinks=program.sinks,

@@ -11,7 +11,11 @@ None is tuned on a device yet.
 
 from __future__ import annotations
 
+import functools
+
 from anyflash.kernels.gluon.schedule import Tiles, padded
+from anyflash.semantics.expr import Expr
+from anyflash.semantics.text import parse
 
 # By (DIM, DIM_V). What each puts on the stack stands in tests/gpu/budgets_hopper_fp8.json.
 _FORWARD = {
@@ -24,9 +28,31 @@ _FORWARD = {
 }
 
 
-def forward_tiles(dim: int, dim_v: int) -> Tiles:
-    """The configuration for a head_dim of at most 256 and of v at most 128."""
-    return _FORWARD[padded(dim), padded(dim_v)]
+# A score program leaves a wide tile too few registers.
+_SCORED = {(dim, 128): Tiles(64, 3, 2, 224, 56, 1, True) for dim in (64, 128, 256)}
+
+
+def forward_tiles(dim: int, dim_v: int, scored: bool) -> Tiles:
+    """The configuration for a head_dim of at most 256, of v at most 128, and a score program that does more
+    than `only_scales`."""
+    width = padded(dim), padded(dim_v)
+    return (_SCORED if scored else {}).get(width, _FORWARD[width])
+
+
+@functools.lru_cache(maxsize=256)
+def only_scales(text: str | None) -> bool:
+    """Does a score program multiply by what batch and head alone decide, and no more?"""
+
+    def of_item(e: Expr) -> bool:
+        return e.value in ("batch", "head") if e.op == "var" else all(of_item(a) for a in e.args)
+
+    def scales(e: Expr) -> bool:
+        if e.op == "mul":
+            a, b = e.args
+            return (scales(a) and of_item(b)) or (of_item(a) and scales(b))
+        return e.op == "var" and e.value == "score"
+
+    return text is not None and scales(parse(text))
 
 
 def shared_bytes(tiles: Tiles, dim: int, dim_v: int) -> int:
