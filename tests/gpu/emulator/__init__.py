@@ -49,7 +49,7 @@ Not modelled, so that a fault of this kind is not seen:
   come late, after the wait for its reads;
 - `barrier_wait` whose only aim is order, not safety (ping-pong): without it nothing goes wrong but speed;
 - clusters, multicast, im2col, gather and scatter, cp.async, tf32, unsigned integers;
-- sums of a product are rounded once, those of the hardware in its own way.
+- sums of a product are rounded once, those of the hardware in its own way (but for `wgmma.SUM_BITS`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     s   = program(scale q . k)      without a program s stays q . k, and `unit` has the scale; of a program of
                                     factors by batch and head alone, such as descale_q's, one number is made
-    p   = 2 ** 8 softmax of s       in e4m3: what exceeds 2 ** -14 has its three bits of fraction
+    p   = 2 ** 8 exp(s - max s)     in e4m3: what exceeds 2 ** -14 has its three bits of fraction
     out = factor p . v / l          l has the 2 ** 8, too
 
 As forward.py, but for v, which has to lie along the keys (transpose.py). One warpgroup, the mover, loads by

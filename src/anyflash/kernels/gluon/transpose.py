@@ -6,7 +6,7 @@ wgmma reads operands of 8 bits along k alone: of p . v that is along the keys, a
 
 A thread of a consumer holds scores of the keys 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of every 16, and wgmma's left
 operand of 8 bits has the places 4 t to 4 t + 3 in that thread. So with keys in this order P stays where it is
-(`in_place`); no thread hands anything to another.
+(`narrow`, `operand`); no thread hands anything to another.
 
 Memory is moved as matrices of 8 x 8 pairs of bytes: ldmatrix gives a thread the pair of columns 2 i, 2 i + 1
 of the keys 2 t and 2 t + 1, another of keys 8 + 2 t and 9 + 2 t. Two byte permutations make of these the
