@@ -90,7 +90,7 @@ def made(name: str) -> tuple[Any, schedule.Tiles]:
 def figures(name: str) -> dict[str, Any]:
     compiled, tiles = made(name)
     dim, dim_v, keywords, _packed = SHIPPED[name]
-    return figures_of(compiled, tiles, dim, dim_v, 2 if keywords else 1)
+    return figures_of(compiled, tiles, dim, dim_v, 2 if "causal" in keywords else 1)
 
 
 def figures_of(compiled: Any, tiles: schedule.Tiles, dim: int, dim_v: int, loops: int) -> dict[str, Any]:
