@@ -82,6 +82,27 @@ def probabilities(
 
 
 @gluon.jit
+def weights(
+    s, m, log_sum, row, key, first_row, first_k, edge, at, tables, numbers, C: gl.constexpr,
+    SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr,
+):  # fmt: skip
+    """Of a tile of transposed scores: p, negative where a pair is dropped; the slope; weight = p slope, and p
+    without what is dropped. Pinned: they are computed before dp is waited for."""
+    p, slope = probabilities(
+        s, m, log_sum, row, key, edge, at, tables, numbers, SCORE, SLOPE, ALLOWED, C.identity, C.masked
+    )
+    if C.dropout:
+        p = dropped(p, first_row, first_k, at, numbers[2], True, True)
+    p = pin(p)
+    weight, kept = p, p
+    if C.dropout:
+        kept = gl.where(p < 0.0, 0.0, p)
+    elif not C.identity:
+        weight = pin(p * slope)
+    return p, slope, weight, kept
+
+
+@gluon.jit
 def of_scores(dp, p, weight, slope, delta, numbers, DROPOUT: gl.constexpr):
     """ds of transposed scores, from dp - delta and weight = p slope.
 
@@ -144,17 +165,10 @@ def run_of_rows(
         s = wgmma_wait(1, deps=(s,))
         m = gl.expand_dims(m_rows.index(stage).load(ROW), 0)
         log_sum = gl.expand_dims(log_rows.index(stage).load(ROW), 0)
-        p, slope = probabilities(
-            s, m, log_sum, row, key, edge, at, tables, numbers, SCORE, SLOPE, ALLOWED, C.identity, C.masked
-        )
-        if C.dropout:
-            p = dropped(p, tile * BLOCK_M, first_k + ME * 64, at, numbers[2], True, True)
-        p = pin(p)
-        weight, kept = p, p
-        if C.dropout:
-            kept = gl.where(p < 0.0, 0.0, p)
-        elif not C.identity:
-            weight = pin(p * slope)
+        p, slope, weight, kept = weights(
+            s, m, log_sum, row, key, tile * BLOCK_M, first_k + ME * 64, edge, at, tables, numbers, C,
+            SCORE, SLOPE, ALLOWED,
+        )  # fmt: skip
         p_low = gl.convert_layout(kept.to(q.dtype), P_LAYOUT)
         # Its phase has ended; the basic block ends here, and with it what ptxas may move.
         barrier_wait(dout_full.index(stage), phase)

@@ -25,8 +25,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from anyflash.kernels.gluon.backward import of_scores, probabilities
-from anyflash.kernels.gluon.dropout import dropped
+from anyflash.kernels.gluon.backward import of_scores, weights
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
     barrier_wait,
@@ -90,17 +89,10 @@ def run_of_rows(
         s = wgmma_wait(1, deps=(s,))
         m = gl.expand_dims(m_rows.index(stage).slice(MINE, ROWS).load(ROW), 0)
         log_sum = gl.expand_dims(log_rows.index(stage).slice(MINE, ROWS).load(ROW), 0)
-        p, slope = probabilities(
-            s, m, log_sum, row, key, edge, at, tables, numbers, SCORE, SLOPE, ALLOWED, C.identity, C.masked
-        )
-        if C.dropout:
-            p = dropped(p, tile * BLOCK_M + MINE, first_k, at, numbers[2], True, True)
-        p = pin(p)
-        weight, kept = p, p
-        if C.dropout:
-            kept = gl.where(p < 0.0, 0.0, p)
-        elif not C.identity:
-            weight = pin(p * slope)
+        p, slope, weight, kept = weights(
+            s, m, log_sum, row, key, tile * BLOCK_M + MINE, first_k, edge, at, tables, numbers, C,
+            SCORE, SLOPE, ALLOWED,
+        )  # fmt: skip
         # The other has read the tile before this. The basic block ends here, and with it what ptxas may move.
         barrier_wait(exchange.index(1), (n & 1) ^ 1)
         p_mine = kept.to(q.dtype)
