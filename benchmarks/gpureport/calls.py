@@ -21,8 +21,8 @@ _DROPPED = 0.25
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes and options of one dense call; arrays are (batch, heads, rows, dim). `extra`: "plain", "bias",
-    "softcap, ALiBi", "dropout"."""
+    """Shapes and options of one dense call; arrays are (batch, heads, rows, dim), the last axis of v and out
+    dim_v, 0 for dim. `extra`: "plain", "bias", "softcap, ALiBi", "dropout"."""
 
     dtype: str
     dim: int
@@ -34,10 +34,12 @@ class Case:
     heads: int = 4
     kv_heads: int = 2
     backend: str = "triton"
+    dim_v: int = 0
 
     def __str__(self) -> str:
         kind = "causal" if self.causal else "full"
-        return f"{self.backend} {self.dtype} {self.dim} {self.rows}x{self.keys} {kind} {self.extra}"
+        dims = f"{self.dim}/{self.dim_v}" if self.dim_v else str(self.dim)
+        return f"{self.backend} {self.dtype} {dims} {self.rows}x{self.keys} {kind} {self.extra}"
 
 
 @dataclass
@@ -57,12 +59,15 @@ def make(case: Case, device: str, empty: bool = False) -> Made:
     new = torch.empty if empty else torch.randn
     dtype = getattr(torch, case.dtype)
 
-    def array(heads: int, rows: int) -> Any:
-        return new(case.batch, heads, rows, case.dim, device=device).to(dtype)
+    def array(heads: int, rows: int, dim: int) -> Any:
+        return new(case.batch, heads, rows, dim, device=device).to(dtype)
 
+    dim_v = case.dim_v or case.dim
     q, k, v = (
-        array(case.heads, case.rows), array(case.kv_heads, case.keys), array(case.kv_heads, case.keys)
-    )  # fmt: skip
+        array(case.heads, case.rows, case.dim),
+        array(case.kv_heads, case.keys, case.dim),
+        array(case.kv_heads, case.keys, dim_v),
+    )
     first = case.keys - case.rows
     places = torch.arange(case.rows, device=device)[:, None] + first
     distance = places - torch.arange(case.keys, device=device) if not empty else None
@@ -83,7 +88,7 @@ def make(case: Case, device: str, empty: bool = False) -> Made:
         if not empty:
             factors = _factors(case).to(device)
     call = Call(q, k, v, case.backend, case.extra != "plain", **keywords)
-    return Made(call, array(case.heads, case.rows), score, mask, factors)
+    return Made(call, array(case.heads, case.rows, dim_v), score, mask, factors)
 
 
 def _factors(case: Case) -> Any:

@@ -21,6 +21,7 @@ def cases(place: Place, backend: str) -> list[Case]:
             Case("bfloat16", 64, 40, 130, True, batch=1, heads=4, kv_heads=1, backend=backend),
             Case("float16", 128, 40, 70, False, "softcap, ALiBi", 1, 2, 1, backend),
             Case("float16", 64, 70, 70, True, "dropout", 1, 2, 1, backend),
+            Case("bfloat16", 192, 40, 70, True, batch=1, heads=2, kv_heads=1, backend=backend, dim_v=128),
         ]
     if place.dry:
         return [
@@ -41,6 +42,7 @@ def _cases(quick: bool, backend: str) -> Iterator[Case]:
                 for causal in (True, False):
                     yield Case(dtype, dim, rows, keys, causal, backend=backend)
     for causal in (True, False):
+        yield Case("bfloat16", 192, 257, 385, causal, backend=backend, dim_v=128)
         for extra in ("softcap, ALiBi", "bias"):
             yield Case("bfloat16", 64, 257, 385, causal, extra, backend=backend)
         # Few rows of a large group; dropout, with every kernel that Hopper has for it.
