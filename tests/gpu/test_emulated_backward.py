@@ -67,7 +67,9 @@ CASES = (
     Case("dropout_packed", packed=LENGTHS, dims=(128, 128), rules=(Causal(),), heads=(1, 1), dropout_p=0.5),
     Case("layout_heads_first", layouts=(Layout((0, 2, 1, 3)),), lens=(70, 140), dims=(64, 64), batch=1),
     Case("256", lens=(150, 100), dims=(256, 256), heads=(2, 1), rules=(Causal(),), batch=1),
+    Case("96_window", lens=(150, 140), dims=(96, 96), rules=(Window(40, 9),), batch=1),
     Case("192_128", lens=(70, 140), dims=(192, 128), heads=(1, 1)),
+    Case("192_large", lens=(70, 100), dims=(192, 192), data="large", rules=(Causal(),), heads=(1, 1)),
     Case("40_200", lens=(100, 70), dims=(40, 200), rules=(Window(40, 9),), batch=1),
     Case("256_softcap", lens=(70, 70), dims=(256, 136), terms=(Softcap(2.0),), rules=(Causal(),), batch=1),
     Case("256_packed", packed=LENGTHS, dims=(256, 256), heads=(2, 1), rules=(Causal(),)),
@@ -177,6 +179,20 @@ def test_wide_heads_have_one_order(seed: int, monkeypatch: pytest.MonkeyPatch) -
         assert launched == ["forward", "backward_wide", "backward_dq"]
     for mine, other in zip(*found, strict=True):
         assert mine.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("column", [5, 90])
+def test_nan_in_one_column_of_a_masked_key(column: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that do not see the key have their dq, in both pieces of the head."""
+    emulated.install(monkeypatch)
+    q, k, v, dout = arrays(*[(1, 140, 1, 96)] * 4)
+    clean = gradients([q, k, v, dout])[0]
+    k[0, 100, 0, column] = np.nan
+    dirty = gradients([q, k, v, dout])[0]
+    top = np.abs(clean.astype(np.float64)).max()
+    off = np.abs(dirty[:, :100].astype(np.float64) - clean[:, :100]).max()
+    assert off <= 2 * np.finfo(np.float16).eps * top
+    assert np.isnan(dirty[:, 100:]).any(-1).all()
 
 
 def test_what_tma_cannot_move(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -286,7 +286,7 @@ def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "of 128 keys by 64 rows" in said
     said = str(af.explain(*arrays(*[(1, 70, 2, 192)] * 3), backend="hopper", deterministic=False))
     assert "of 64 keys by 64 rows" in said
-    assert "dq by 32 keys" in said
+    assert "dq by 64 keys" in said
 
 
 USUAL = {"dim": 64, "keys": 4, "dtype": np.float16}

@@ -2,7 +2,7 @@
 
 A product reads shared memory, and registers, at some time from its issue to its wait; both ends are tried.
 Until then nobody may write what it reads, and its accumulator is a token that only another product, or the
-wait, may take. Sums are formed in float64 and rounded once to float32.
+wait, may take. An instruction's sum, of 32 bytes of each row, is formed in float64 and rounded to float32.
 
 The hardware keeps fewer bits of a sum of 8-bit products: terms are cut off at so many bits below the greatest
 of them, 32 products and the sum so far at a time. That is modelled where SUM_BITS says so (about 14, as users
@@ -74,10 +74,19 @@ class _Product:
         before = (acc.result if isinstance(acc, Accumulator) else acc.data) if use_acc else 0.0
         left, right = (x.data.to(torch.float64) for x in (a, b))
         if SUM_BITS is None or a.data.dtype not in _FP8:
-            result = left @ right + before
+            result = by_instruction(left, right, before, 32 // a.data.element_size())
         else:
             result = summed(left, right, before, SUM_BITS)
         self.token.result = result.to(torch.float32)
+
+
+def by_instruction(a: torch.Tensor, b: torch.Tensor, before: Any, depth: int) -> Any:
+    """before + a . b, rounded to float32 after each `depth` terms: those of an instruction."""
+    parts = torch.bmm(a.unflatten(1, (-1, depth)).transpose(0, 1), b.unflatten(0, (-1, depth)))
+    total = before
+    for part in parts:
+        total = (part + total).to(torch.float32)
+    return total
 
 
 def summed(a: torch.Tensor, b: torch.Tensor, before: Any, bits: int) -> torch.Tensor:

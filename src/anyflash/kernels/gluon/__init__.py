@@ -33,10 +33,10 @@ rings, consumers multiply and address global memory for neither k nor v, and for
 programs and masks are device functions that `kernels/triton/program.py` writes, here in Gluon's dialect.
 
 Rules: operations of hopper.py are reached by its names only, imported one by one, because tests replace
-exactly those; every shape is a power of two; a head_dim is rounded up to 64, 96, 128, 192 or 256 (the
-backward's to 64, 128 or 256) and TMA fills the rest with zeros; rows past the end of a sequence are zeros
-too, never another sequence's; counters number the uses of ring stages, so that a barrier's phase goes on from
-one work item to the next.
+exactly those; every shape is a power of two; a head_dim is rounded up to 64, 96, 128, 192 or 256 (that of dk
+and dv, and where keys are split, to 64, 128 or 256) and TMA fills the rest with zeros; rows past the end of a
+sequence are zeros too, never another sequence's; counters number the uses of ring stages, so that a barrier's
+phase goes on from one work item to the next.
 
 None of it has run on a GPU yet.
 """

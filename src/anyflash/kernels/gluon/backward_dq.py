@@ -5,7 +5,8 @@
     dq += ds k                                      times scale at the end
 
 What the REDUCE form of backward.py saves, at the price of dq's order. A program owns 128 rows of one head,
-each of two consumers 64 of them, and dq stays in registers. Keys are walked as in the forward, from the last.
+each of two consumers 64 of them, and dq stays in registers. Keys are walked as in the forward, from the last,
+and heads are in pieces as there (pieces.py): 96 columns are 64 and 32, 192 are 128 and 64.
 
     layout      s, dp (64, BLOCK_N), dq (64, DIM): wgmma's; ds is wgmma's operand in registers
     registers   dq DIM / 2, s and dp BLOCK_N / 2 each, ds as operand BLOCK_N / 4 words a thread, of 240
@@ -23,20 +24,22 @@ from triton.experimental.gluon import language as gl
 from anyflash.kernels.gluon.backward import probabilities
 from anyflash.kernels.gluon.dropout import dropped
 from anyflash.kernels.gluon.forward import first_run
-from anyflash.kernels.gluon.hopper import (
-    barrier_expect,
-    barrier_init,
-    barrier_wait,
-    barriers,
-    pin,
-    tma_load,
-    wgmma,
-    wgmma_wait,
-)
+from anyflash.kernels.gluon.hopper import barrier_init, barrier_wait, barriers, pin, wgmma_wait
 from anyflash.kernels.gluon.keys import mark_odd, store_rows
 from anyflash.kernels.gluon.mask import along, next_run
-from anyflash.kernels.gluon.pipeline import await_full, fill, make_ring, release, tile_of
-from anyflash.kernels.gluon.sequences import box, sequence, unknown_zero, work
+from anyflash.kernels.gluon.pieces import (
+    await_last,
+    buffers_for,
+    fill,
+    inner,
+    load,
+    operand,
+    outer,
+    sums,
+    together,
+)
+from anyflash.kernels.gluon.pipeline import await_full, release, ring_of
+from anyflash.kernels.gluon.sequences import box, sequence, work
 
 
 @gluon.jit
@@ -47,8 +50,8 @@ def producer(
     """One warp: q and dout of both consumers, then k and v tile by tile."""
     STAGES: gl.constexpr = C.stages
     q, k, v, dout, stats, delta, dq, odd = arrays
-    BLOCK_M: gl.constexpr = 2 * q.block_type.shape[-2]
-    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
+    BLOCK_M: gl.constexpr = 2 * q[0].block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k[0].block_type.shape[-2]
     q_tiles, dout_tiles, held, k_ring, v_ring = shared
     first_row, q_start, k_start, group, at = item
     batch, head, q_len, k_len = at
@@ -56,10 +59,9 @@ def producer(
     kind, high, low = first_run(first_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
     for i in gl.static_range(2):
         corner = box(batch, head, q_start, q_len, first_row + i * 64, C.packed)
-        barrier_expect(held.index(i), q.block_type.nbytes + dout.block_type.nbytes)
         # (64, DIM), (64, DIM_V)
-        tma_load(q, corner, held.index(i), q_tiles.index(i))
-        tma_load(dout, corner, held.index(i), dout_tiles.index(i))
+        load(q, corner, held.index(i), q_tiles, i)
+        load(dout, corner, held.index(i), dout_tiles, i)
     n = first_row * 0
     while high >= 0:
         for j in range(high - low + 1):
@@ -82,12 +84,8 @@ def run_of_keys(
     """Add the tiles of one run, uses n and on of the rings, to this consumer's dQ."""
     STAGES: gl.constexpr = C.stages
     k_box, v_box = boxes
-    BLOCK_N: gl.constexpr = k_box.block_type.shape[-2]
-    WIDTH: gl.constexpr = k_box.block_type.shape[-1]
-    WIDTH_V: gl.constexpr = v_box.block_type.shape[-1]
+    BLOCK_N: gl.constexpr = k_box[0].block_type.shape[-2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DQ_LAYOUT, 2)
     q_tiles, dout_tiles, held, k_ring, v_ring = shared
     m, log_sum, delta = rows
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
@@ -97,17 +95,12 @@ def run_of_keys(
         edge = kind == 1
         if not C.masked:
             edge = (high - j + 1) * BLOCK_N > at[3]
-        # Not a place that is known: see backward.py.
-        q = q_tiles.index(ME + unknown_zero(n)).reshape([64, WIDTH])
-        dout = dout_tiles.index(ME + unknown_zero(n)).reshape([64, WIDTH_V])
         key = along((high - j) * BLOCK_N, BLOCK_N, 1, S_LAYOUT)
-        k = tile_of(k_ring, n, BLOCK_N, WIDTH, STAGES)
         await_full(k_ring, n, STAGES)
-        s = wgmma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = inner(q_tiles, ME, k_ring, n, zero, STAGES)
         await_full(v_ring, n, STAGES)
-        v = tile_of(v_ring, n, BLOCK_N, WIDTH_V, STAGES)
-        dp = wgmma(dout, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = wgmma_wait(1, deps=(s,))
+        dp = inner(dout_tiles, ME, v_ring, n, zero, STAGES)
+        s = wgmma_wait(len(dout_tiles), deps=(s,))
         p, slope = probabilities(
             s, m, log_sum, row, key, edge, at, tables, numbers, SCORE, SLOPE, ALLOWED, C.identity, C.masked
         )
@@ -123,9 +116,8 @@ def run_of_keys(
         if C.dropout:
             dp = gl.where(p > 0.0, dp * numbers[2][3], 0.0)
             p = gl.abs(p) * slope
-        ds = (p * (dp - delta)).to(q.dtype)
-        dq = wgmma(gl.convert_layout(ds, DS_LAYOUT), k, dq, is_async=True)
-        dq = wgmma_wait(0, deps=(dq,))
+        ds = operand((p * (dp - delta)).to(k_box[0].dtype), dq)
+        dq = await_last(outer(ds, dq, k_ring, n, STAGES))
         release(k_ring, n, STAGES)
         n += 1
     return dq, n
@@ -138,11 +130,9 @@ def consumer(
 ):  # fmt: skip
     """One warpgroup: rows ME * 64 to ME * 64 + 63 of the block."""
     q, k, v, dout, stats, delta, dq_base, odd = arrays
-    BLOCK_M: gl.constexpr = 2 * q.block_type.shape[-2]
-    BLOCK_N: gl.constexpr = k.block_type.shape[-2]
-    WIDTH: gl.constexpr = k.block_type.shape[-1]
+    BLOCK_M: gl.constexpr = 2 * q[0].block_type.shape[-2]
+    BLOCK_N: gl.constexpr = k[0].block_type.shape[-2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     block_row, q_start, k_start, group, at = item
     plane, dq_step = layout
     batch, head, q_len, k_len = at
@@ -153,7 +143,7 @@ def consumer(
     m = gl.expand_dims(gl.load(stats + row, mask=there, other=0.0), 1)
     log_sum = gl.expand_dims(gl.load(stats + plane + row, mask=there, other=0.0), 1)
     taken = gl.expand_dims(gl.load(delta + row, mask=there, other=0.0), 1)
-    dq = gl.zeros([64, WIDTH], gl.float32, layout=DQ_LAYOUT)
+    dq = sums(k)
     kind, high, low = first_run(block_row, at, tables, TILE_CLASS, C.masked, C.wide, BLOCK_M, BLOCK_N)
     barrier_wait(shared[2].index(ME), 0)
     n = first_row * 0
@@ -168,24 +158,32 @@ def consumer(
             high = low - 1
     if C.guard:
         turned = 1 if C.packed else -1
-        mark_odd(odd + first_row // 64 * turned, dq, first_row < q_len)
-    store_rows(dq_base, dq * numbers[0], first_row, q_len, dq_step, C.dim)
+        mark_odd(odd + first_row // 64 * turned, dq[0], first_row < q_len)
+        if len(dq) > 1:
+            mark_odd(odd + first_row // 64 * turned, dq[1], first_row < q_len)
+    store_rows(dq_base, dq[0] * numbers[0], first_row, q_len, dq_step, C.dim)
+    if len(dq) > 1:
+        WIDE: gl.constexpr = k[0].block_type.shape[-1]
+        store_rows(dq_base + WIDE, dq[1] * numbers[0], first_row, q_len, dq_step, C.dim - WIDE)
 
 
 @gluon.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def backward_dq(
-    q, k, v, dout, stats, delta, dq, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables,
-    dq_steps, blocks, entries, heads, group, seqlen_q, seqlen_k, row_steps, odd_blocks,
+    q, k, v, dout, q_rest, k_rest, v_rest, dout_rest,
+    stats, delta, dq, odd, cu_seqlens_q, cu_seqlens_k, seqused_k, tables, dq_steps,
+    blocks, entries, heads, group, seqlen_q, seqlen_k, row_steps, odd_blocks,
     scale, unit, seed_low, seed_high, threshold, keep_scale,
     SCORE: gl.constexpr, SLOPE: gl.constexpr, ALLOWED: gl.constexpr, TILE_CLASS: gl.constexpr,
     C: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program for each block of 128 rows, head and batch entry (packed: each block of all sequences).
 
-    q, k, v, dout are descriptors, of boxes of 64 rows or BLOCK_N keys.
+    q, k, v, dout are descriptors, of boxes of 64 rows or BLOCK_N keys; *_rest of boxes with the columns
+    behind, None for a head in one piece.
     """
     STAGES: gl.constexpr = C.stages
-    BLOCK_M: gl.constexpr = 2 * q.block_type.shape[-2]
+    q, k, v, dout = together(q, q_rest), together(k, k_rest), together(v, v_rest), together(dout, dout_rest)
+    BLOCK_M: gl.constexpr = 2 * q[0].block_type.shape[-2]
     block, head, batch = work(
         gl.program_id(0), blocks, heads, heads * entries, 1, entries, cu_seqlens_q, C.packed, BLOCK_M
     )
@@ -205,13 +203,14 @@ def backward_dq(
     dq += first_token * dq_steps[0] + wide_head * dq_steps[2]
     if C.guard:
         odd += first_odd
-    q_tiles = gl.allocate_shared_memory(q.dtype, [2] + q.block_type.shape, q.layout)
-    dout_tiles = gl.allocate_shared_memory(dout.dtype, [2] + dout.block_type.shape, dout.layout)
+    q_tiles = buffers_for(q, 2)
+    dout_tiles = buffers_for(dout, 2)
     held = barriers(2)
+    # q and dout announce their bytes, each for itself.
     for i in gl.static_range(2):
-        barrier_init(held.index(i), count=1)
-    k_ring = make_ring(k, STAGES, 2)
-    v_ring = make_ring(v, STAGES, 2)
+        barrier_init(held.index(i), count=2)
+    k_ring = ring_of(buffers_for(k, STAGES), STAGES, 2)
+    v_ring = ring_of(buffers_for(v, STAGES), STAGES, 2)
     shared = (q_tiles, dout_tiles, held, k_ring, v_ring)
     arrays = (q, k, v, dout, stats + place, delta + delta_place, dq, odd)
     layout = (row_steps[2], dq_steps[1])

@@ -40,12 +40,10 @@ from anyflash.kernels.gluon.hopper import (
     wgmma_wait,
 )
 from anyflash.kernels.gluon.mask import first_run, next_run, scores
-from anyflash.kernels.gluon.pieces import buffers_for, by_row
+from anyflash.kernels.gluon.pieces import buffers_for, by_row, fill, matrix
 from anyflash.kernels.gluon.pipeline import (
     await_empty,
     await_full,
-    fill,
-    make_ring,
     make_turns,
     open_turns,
     pass_turn,
@@ -70,7 +68,7 @@ def turn_tile(v_ring, turned_ring, n, BLOCK_N: gl.constexpr, DIM_V: gl.constexpr
     await_full(v_ring, n, STAGES)
     await_empty(turned_ring, n, STAGES)
     tiles, full, empty = turned_ring
-    turn(v_ring[0].index(n % STAGES), tiles.index(n % STAGES), BLOCK_N, DIM_V)
+    turn(v_ring[0][0].index(n % STAGES), tiles.index(n % STAGES), BLOCK_N, DIM_V)
     fence()
     barrier_arrive(full.index(n % STAGES), count=1)
     release(v_ring, n, STAGES)
@@ -101,7 +99,7 @@ def mover(
             # The first k is on its way while the consumers still need the q of the item before.
             # (BLOCK_N, DIM)
             if high >= 0:
-                fill(k_ring, n, k, box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
+                fill(k_ring, n, (k,), box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
             # They need its last v, too, to be done with that q.
             if owed > 0:
                 turn_tile(v_ring, turned_ring, n - 1, BLOCK_N, DIM_V, STAGES)
@@ -116,7 +114,7 @@ def mover(
                 )  # fmt: skip
             # (BLOCK_N, DIM_V)
             if high >= 0:
-                fill(v_ring, n, v, box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
+                fill(v_ring, n, (v,), box(batch, kv_head, k_start, k_len, high * BLOCK_N, C.packed), STAGES)
                 n += 1
                 high -= 1
             taken += 1
@@ -124,8 +122,8 @@ def mover(
             for j in range(high - low + 1):
                 first_k = (high - j) * BLOCK_N
                 # (BLOCK_N, DIM), (BLOCK_N, DIM_V)
-                fill(k_ring, n, k, box(batch, kv_head, k_start, k_len, first_k, C.packed), STAGES)
-                fill(v_ring, n, v, box(batch, kv_head, k_start, k_len, first_k, C.packed), STAGES)
+                fill(k_ring, n, (k,), box(batch, kv_head, k_start, k_len, first_k, C.packed), STAGES)
+                fill(v_ring, n, (v,), box(batch, kv_head, k_start, k_len, first_k, C.packed), STAGES)
                 turn_tile(v_ring, turned_ring, n - 1, BLOCK_N, DIM_V, STAGES)
                 n += 1
             if C.masked:
@@ -156,7 +154,7 @@ def under_product(
     await_full(k_ring, n, STAGES)
     take_turn(turns, turn_number, ME, TURNS)
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
-    s = wgmma(q_tile, tile_of(k_ring, n, BLOCK_N, DIM, STAGES).permute((1, 0)), zero,
+    s = wgmma(q_tile, matrix(k_ring[0], n % STAGES, 0).permute((1, 0)), zero,
               use_acc=False, is_async=True)  # fmt: skip
     await_full(turned_ring, n - 1, STAGES)
     nothing = gl.zeros([64, DIM_V], gl.float32, layout=O_LAYOUT)
@@ -229,7 +227,7 @@ def consumer(
                 # The first tile has no product to run under, and is the one with the last key.
                 await_full(k_ring, n, STAGES)
                 zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
-                s = wgmma(q_tile, tile_of(k_ring, n, BLOCK_N, DIM, STAGES).permute((1, 0)), zero,
+                s = wgmma(q_tile, matrix(k_ring[0], n % STAGES, 0).permute((1, 0)), zero,
                           use_acc=False, is_async=True)  # fmt: skip
                 s = wgmma_wait(0, deps=(s,))
                 release(k_ring, n, STAGES)
@@ -318,8 +316,8 @@ def forward_fp8(
     for i in gl.static_range(CONSUMERS):
         barrier_init(q_full.index(i), count=1)
         barrier_init(q_empty.index(i), count=1)
-    k_ring = make_ring(k, STAGES, CONSUMERS)
-    v_ring = make_ring(v, STAGES, 1)
+    k_ring = ring_of(buffers_for((k,), STAGES), STAGES, CONSUMERS)
+    v_ring = ring_of(buffers_for((v,), STAGES), STAGES, 1)
     TURNED: gl.constexpr = turned_layout(BLOCK_N)
     turned = gl.allocate_shared_memory(v.dtype, [STAGES, DIM_V, BLOCK_N], TURNED)
     turned_ring = ring_of(turned, STAGES, CONSUMERS)

@@ -142,10 +142,7 @@ class _Products:
         launch.launch(
             rows_kernel.backward_dq,
             blocks * problem.heads_q * entries,
-            launch.rows(q, schedule.ROWS),
-            launch.rows(k, tiles.moving),
-            launch.rows(v, tiles.moving),
-            launch.rows(dout, schedule.ROWS),
+            *_in_pieces((q, schedule.ROWS), (k, tiles.moving), (v, tiles.moving), (dout, schedule.ROWS)),
             launch.pointer(self.saved.stats),
             self.delta.memory,
             launch.pointer(grads.dq),
@@ -226,6 +223,15 @@ class _Products:
             consumer_registers=tiles.consumer_registers,
             producer_registers=tiles.producer_registers,
         )
+
+
+def _in_pieces(*arrays: tuple[View, int]) -> tuple[Any, ...]:
+    """Descriptors of so many rows of each array, then of the columns behind, None for a head in one piece."""
+    parts = [(view, extent, *schedule.split(view.shape[-1])) for view, extent in arrays]
+    return (
+        *(launch.rows(view, extent, wide) for view, extent, wide, _rest in parts),
+        *(launch.rows(view, extent, rest) if rest else None for view, extent, _wide, rest in parts),
+    )
 
 
 def _view(made: Any, call: Call) -> View:

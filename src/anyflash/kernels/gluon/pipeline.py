@@ -18,13 +18,11 @@ from triton.experimental.gluon import language as gl
 
 from anyflash.kernels.gluon.hopper import (
     barrier_arrive,
-    barrier_expect,
     barrier_init,
     barrier_wait,
     barriers,
     named_arrive,
     named_wait,
-    tma_load,
 )
 
 NO_TURNS, MBARRIER_TURNS, NAMED_TURNS = 0, 1, 2
@@ -44,29 +42,10 @@ def ring_of(buffers, STAGES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
-def make_ring(descriptor, STAGES: gl.constexpr, READERS: gl.constexpr):
-    """A ring for tiles of a descriptor, in its block's shape."""
-    buffers = gl.allocate_shared_memory(
-        descriptor.dtype, [STAGES] + descriptor.block_type.shape, descriptor.layout
-    )
-    return ring_of(buffers, STAGES, READERS)
-
-
-@gluon.jit
 def await_empty(ring, n, STAGES: gl.constexpr):
     """Producer: wait until the readers have left the stage of use n."""
     buffers, full, empty = ring
     barrier_wait(empty.index(n % STAGES), ((n // STAGES) & 1) ^ 1)
-
-
-@gluon.jit
-def fill(ring, n, descriptor, coordinates, STAGES: gl.constexpr):
-    """Producer: load a tile into the stage of use n, as soon as its readers have left it."""
-    buffers, full, empty = ring
-    stage = n % STAGES
-    await_empty(ring, n, STAGES)
-    barrier_expect(full.index(stage), descriptor.block_type.nbytes)
-    tma_load(descriptor, coordinates, full.index(stage), buffers.index(stage))
 
 
 @gluon.jit

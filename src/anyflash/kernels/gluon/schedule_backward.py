@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyflash.kernels.gluon.schedule import padded
+from anyflash.kernels.gluon.schedule import padded, split
 
 # Keys of a program of backward.py, rows of one of backward_dq.py: 64 for each of two consumers.
 HELD = 128
@@ -84,7 +84,8 @@ def adds(dim: int, dim_v: int, scored: bool, dropped: bool = False) -> bool:
 def rows_tiles(dim: int, dim_v: int, more: bool) -> BackwardTiles:
     """The configuration of backward_dq.py; `more`: a mask, a score program or dropout takes registers."""
     if wide(dim, dim_v):
-        return BackwardTiles(32, 2, consumer_registers=232, producer_registers=40)
+        moving = 64 if sum(split(max(dim, dim_v))) <= 192 else 32
+        return BackwardTiles(moving, 2, consumer_registers=232, producer_registers=40)
     return BackwardTiles(64 if more else 128, 2)
 
 
@@ -102,4 +103,4 @@ def keys_shared_bytes(tiles: BackwardTiles, dim: int, dim_v: int, reduce: bool, 
 def rows_shared_bytes(tiles: BackwardTiles, dim: int, dim_v: int) -> int:
     """Bytes of shared memory of backward_dq.py, barriers in 16 bytes each."""
     tokens = HELD + tiles.stages * tiles.moving
-    return 2 * tokens * (padded(dim) + padded(dim_v)) + 16 * (2 + 4 * tiles.stages)
+    return 2 * tokens * (sum(split(dim)) + sum(split(dim_v))) + 16 * (2 + 4 * tiles.stages)
