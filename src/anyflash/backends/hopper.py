@@ -17,7 +17,6 @@ from anyflash.core.device import Device
 from anyflash.core.dtypes import FLOATS8
 from anyflash.core.log import logger
 from anyflash.core.view import View
-from anyflash.kernels.triton.schedule import DECODE_KEYS, ROWS
 from anyflash.semantics.cache import CacheCall
 from anyflash.semantics.limits import integers_too_wide
 from anyflash.semantics.operands import Gradients, Operands, Results, Saved
@@ -30,14 +29,6 @@ _DIMS = range(33, 257)
 _GREATEST_DIM_V8 = 128
 _MOST_TOKENS = 2**30
 _OTHER_ARRAYS = "go to the portable kernels: TMA wants 16 bytes, a head's elements together"
-
-
-def splits(problem: Problem) -> bool:
-    """Is this a call for the kernel that splits keys?"""
-    if problem.addressing == "paged":
-        return True
-    few = problem.seqlen_q * problem.group <= ROWS["some"][1] and problem.seqlen_k >= DECODE_KEYS
-    return problem.addressing == "dense" and few and not problem.program.dropout_p
 
 
 class Hopper:
@@ -95,9 +86,9 @@ class Hopper:
                 f"head dims are from {_DIMS[0]} to {_DIMS[-1]}, here {problem.head_dim} and "
                 f"{problem.head_dim_v}: narrower ones would leave half of a tile empty"
             )
-        if splits(problem):
-            from anyflash.kernels.gluon import launch_decode
+        from anyflash.kernels.gluon import launch_decode
 
+        if launch_decode.serves(problem):
             reasons += launch_decode.lacks(problem)
         if narrow and problem.program.dropout_p:
             reasons.append("has no dropout for 8-bit floats")
@@ -113,7 +104,7 @@ class Hopper:
     def forward(self, problem: Problem, config: str, operands: Operands, results: Results) -> None:
         from anyflash.kernels.gluon import launch, launch_decode, launch_fp8
 
-        if splits(problem):
+        if launch_decode.serves(problem):
             why, run = launch_decode.unfit(problem, operands), launch_decode.forward
         else:
             why = launch.unfit(problem, operands, results)
@@ -166,7 +157,7 @@ class Hopper:
             by_keys = "added up in float32 on the way, in no fixed order"
         by_rows = f"of {keys.held} keys by {keys.moving} rows in {keys.stages} stages"
         found = {"device": "sm_90"}
-        if splits(problem):
+        if launch_decode.serves(problem):
             found |= launch_decode.explain(problem)
         else:
             together = launch.heads_together(problem)
