@@ -138,6 +138,16 @@ def mover(
 
 
 @gluon.jit
+def with_turned(p, turned_ring, n, O_LAYOUT: gl.constexpr, DIM_V: gl.constexpr, BLOCK_N: gl.constexpr,
+                STAGES: gl.constexpr):  # fmt: skip
+    """p . v with the turned v of use n, in flight, from 0."""
+    nothing = gl.zeros([64, DIM_V], gl.float32, layout=O_LAYOUT)
+    v = tile_of(turned_ring, n, DIM_V, BLOCK_N, STAGES).permute((1, 0))
+    p = operand(p, BLOCK_N, gl.DotOperandLayout(0, O_LAYOUT, 4))
+    return wgmma(p, v, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def under_product(
     q_tile, p, sums, state, n, turn_number, tile, first_row, at, k_ring, turned_ring, turns, tables, numbers,
     by, SCORE: gl.constexpr, ALLOWED: gl.constexpr, EDGE: gl.constexpr, C: gl.constexpr, ME: gl.constexpr,
@@ -150,21 +160,13 @@ def under_product(
     scale, unit = numbers
     STAGES: gl.constexpr = C.stages
     TURNS: gl.constexpr = C.turns
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 4)
     await_full(k_ring, n, STAGES)
     take_turn(turns, turn_number, ME, TURNS)
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=S_LAYOUT)
     s = wgmma(q_tile, matrix(k_ring[0], n % STAGES, 0).permute((1, 0)), zero,
               use_acc=False, is_async=True)  # fmt: skip
     await_full(turned_ring, n - 1, STAGES)
-    nothing = gl.zeros([64, DIM_V], gl.float32, layout=O_LAYOUT)
-    product = wgmma(
-        operand(p, BLOCK_N, P_LAYOUT),
-        tile_of(turned_ring, n - 1, DIM_V, BLOCK_N, STAGES).permute((1, 0)),
-        nothing,
-        use_acc=False,
-        is_async=True,
-    )
+    product = with_turned(p, turned_ring, n - 1, O_LAYOUT, DIM_V, BLOCK_N, STAGES)
     pass_turn(turns, ME, CONSUMERS, TURNS)
     s = wgmma_wait(1, deps=(s,))
     release(k_ring, n, STAGES)
@@ -201,7 +203,6 @@ def consumer(
     DIM_V: gl.constexpr = v.block_type.shape[-1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM_V, 32])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 4)
     scale, unit = numbers
     items = grid[0] * grid[2]
     item = gl.program_id(0)
@@ -268,14 +269,7 @@ def consumer(
                     else:
                         high = low - 1
                 await_full(turned_ring, n - 1, STAGES)
-                nothing = gl.zeros([64, DIM_V], gl.float32, layout=O_LAYOUT)
-                product = wgmma(
-                    operand(p, BLOCK_N, P_LAYOUT),
-                    tile_of(turned_ring, n - 1, DIM_V, BLOCK_N, STAGES).permute((1, 0)),
-                    nothing,
-                    use_acc=False,
-                    is_async=True,
-                )
+                product = with_turned(p, turned_ring, n - 1, O_LAYOUT, DIM_V, BLOCK_N, STAGES)
                 product = wgmma_wait(0, deps=(product,))
                 release(turned_ring, n - 1, STAGES)
                 acc = by_row(sums[0], sums[1]) + product
