@@ -7,7 +7,6 @@ writes the figures of the installed Triton into `budgets_hopper_fp8.json`.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from gpu import hopper_budgets
 from gpu import test_compiled_hopper as of_16_bits
 from gpu.machine_code import printed
 
@@ -44,25 +44,10 @@ def wrong(figures: dict[str, Any], budget: dict[str, int]) -> list[str]:
 
 @pytest.mark.timeout(2400)
 def test_budgets() -> None:
-    triton = pytest.importorskip("triton", reason="needs triton: nox -s 'systems(triton39)'")
-    budgets = json.loads(BUDGETS.read_text())
-    if triton.__version__ not in budgets:
-        pytest.skip(f"budgets are kept for triton {', '.join(budgets)}, here is {triton.__version__}")
-    allowed, found = budgets[triton.__version__], measured(triton.__version__)
-    assert found.keys() == allowed.keys()
-    said = [f"{name}: {why}" for name, figures in found.items() for why in wrong(figures, allowed[name])]
-    assert not said, "\n".join(said)
+    hopper_budgets.check(BUDGETS, measured, wrong)
 
 
 if __name__ == "__main__":
     import triton
 
-    kept = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    found = measured(triton.__version__)
-    kept[triton.__version__] = {
-        name: {key: figures[key] for key in of_16_bits.KEPT} for name, figures in found.items()
-    }
-    for name, figures in found.items():
-        for why in wrong(figures, figures):
-            sys.stderr.write(f"{name}: {why}\n")
-    BUDGETS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    hopper_budgets.write(BUDGETS, measured(triton.__version__), wrong, of_16_bits.kept)

@@ -6,7 +6,6 @@ cache, compiled for sm_90a, within budgets as test_compiled_hopper.py's.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -29,10 +28,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from anyflash.kernels.triton import offline
 from gpu import emulated_pages as kernels
+from gpu import hopper_budgets
 from gpu.emulator.swizzle import places
 from gpu.machine_code import hopper_warnings, printed
 from gpu.stand import Stand
-from gpu.test_compiled_hopper import KEPT, wrong
+from gpu.test_compiled_hopper import kept, wrong
 
 BUDGETS = Path(__file__).parent / "budgets_hopper_prefill.json"
 # All configurations with the newer Triton, () for short; one with the older.
@@ -100,20 +100,8 @@ def measured(version: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.timeout(2400)
 def test_budgets() -> None:
-    budgets = json.loads(BUDGETS.read_text())
-    if triton.__version__ not in budgets:
-        pytest.skip(f"budgets are kept for triton {', '.join(budgets)}, here is {triton.__version__}")
-    allowed, found = budgets[triton.__version__], measured(triton.__version__)
-    assert found.keys() == allowed.keys()
-    said = [f"{name}: {why}" for name, figures in found.items() for why in wrong(figures, allowed[name])]
-    assert not said, "\n".join(said)
+    hopper_budgets.check(BUDGETS, measured, wrong)
 
 
 if __name__ == "__main__":
-    kept = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    found = measured(triton.__version__)
-    kept[triton.__version__] = {name: {key: f[key] for key in KEPT} for name, f in found.items()}
-    for name, figures in found.items():
-        for why in wrong(figures, figures):
-            sys.stderr.write(f"{name}: {why}\n")
-    BUDGETS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    hopper_budgets.write(BUDGETS, measured(triton.__version__), wrong, kept)
